@@ -1,0 +1,40 @@
+"""Errors that are meant for the caller, raised by services and turned into answers by doors.
+
+Anything else that is raised is our own fault: a 500.
+"""
+
+from __future__ import annotations
+
+
+class ApiError(Exception):
+    """Say `message` to the caller, with an HTTP status and OpenAI's `param` and `code`."""
+
+    status = 400
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class BadRequest(ApiError):
+    pass
+
+
+class Unauthorized(ApiError):
+    status = 401
+
+
+class Forbidden(ApiError):
+    status = 403
+
+
+class NotFound(ApiError):
+    """Missing and foreign alike, so that nobody learns what another tenant has."""
+
+    status = 404
+
+
+class TooLarge(ApiError):
+    status = 413

@@ -1,0 +1,251 @@
+"""The wire's objects: what comes in under /v1 and what goes out, as OpenAI names it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from ninja import Field, Schema
+from pydantic import ConfigDict, StrictInt, StrictStr
+
+from batches.models import Batch, File, Upload, UploadPart
+from batches.models.batches import Priority
+
+
+def epoch(moment: datetime | None) -> int | None:
+    """Seconds since 1970, as the wire has its times."""
+    return int(moment.timestamp()) if moment else None
+
+
+class FileOut(Schema):
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"] = "processed"
+    status_details: str | None = None
+
+    @classmethod
+    def of(cls, file: File) -> FileOut:
+        return cls(
+            id=file.pk,
+            bytes=file.bytes,
+            created_at=int(file.created_at.timestamp()),
+            expires_at=epoch(file.expires_at),
+            filename=file.filename,
+            purpose=file.purpose,
+        )
+
+
+class FileList(Schema):
+    object: Literal["list"] = "list"
+    data: list[FileOut]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(Schema):
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class ExpiresAfter(Schema):
+    anchor: Literal["created_at"]
+    seconds: StrictInt
+
+
+class UploadIn(Schema):
+    filename: Annotated[StrictStr, Field(min_length=1, max_length=255)]
+    purpose: StrictStr
+    bytes: Annotated[StrictInt, Field(gt=0, lt=2**62)]
+    mime_type: StrictStr
+    expires_after: ExpiresAfter | None = None
+
+
+class UploadOut(Schema):
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    file: FileOut | None
+
+    @classmethod
+    def of(cls, upload: Upload) -> UploadOut:
+        return cls(
+            id=upload.pk,
+            bytes=upload.bytes,
+            created_at=int(upload.created_at.timestamp()),
+            expires_at=int(upload.expires_at.timestamp()),
+            filename=upload.filename,
+            purpose=upload.purpose,
+            status=upload.status,
+            file=FileOut.of(upload.file) if upload.file else None,
+        )
+
+
+class PartOut(Schema):
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
+
+    @classmethod
+    def of(cls, part: UploadPart) -> PartOut:
+        return cls(
+            id=part.pk, created_at=int(part.created_at.timestamp()), upload_id=part.upload_id
+        )
+
+
+class CompleteUploadIn(Schema):
+    part_ids: Annotated[list[StrictStr], Field(min_length=1, max_length=10_000)]
+    md5: StrictStr | None = None
+
+
+class BatchIn(Schema):
+    # Later fields of OpenAI's must not break a client that already sends them.
+    model_config = ConfigDict(extra="ignore")
+
+    input_file_id: StrictStr
+    endpoint: StrictStr
+    completion_window: StrictStr
+    metadata: dict[str, Any] | None = None
+    output_expires_after: ExpiresAfter | None = None
+    priority: Annotated[
+        Literal["low", "normal", "high"], Field(description="Ours, not OpenAI's.")
+    ] = "normal"
+
+
+class BatchError(Schema):
+    code: str | None
+    message: str | None
+    param: str | None
+    line: int | None
+
+
+class BatchErrors(Schema):
+    object: Literal["list"] = "list"
+    data: list[BatchError]
+
+
+class RequestCounts(Schema):
+    total: int
+    completed: int
+    failed: int
+
+
+class InputTokensDetails(Schema):
+    cached_tokens: int
+
+
+class OutputTokensDetails(Schema):
+    reasoning_tokens: int
+
+
+class BatchUsage(Schema):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> BatchUsage:
+        return cls(
+            input_tokens=batch.input_tokens,
+            input_tokens_details=InputTokensDetails(cached_tokens=batch.cached_tokens),
+            output_tokens=batch.output_tokens,
+            output_tokens_details=OutputTokensDetails(reasoning_tokens=batch.reasoning_tokens),
+            total_tokens=batch.input_tokens + batch.output_tokens,
+        )
+
+
+class BatchOut(Schema):
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    model: str | None
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: Literal[
+        "validating",
+        "failed",
+        "in_progress",
+        "finalizing",
+        "completed",
+        "expired",
+        "cancelling",
+        "cancelled",
+    ]
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+    priority: Literal["low", "normal", "high"]
+
+    @classmethod
+    def of(cls, batch: Batch) -> BatchOut:
+        """The batch as the wire shows it; its `model` must have been fetched with it."""
+        times = {
+            name: epoch(getattr(batch, name))
+            for name in cls.model_fields
+            if name.endswith("_at") and name not in ("created_at", "expires_at")
+        }
+        return cls(
+            id=batch.pk,
+            endpoint=batch.endpoint,
+            model=batch.model.name if batch.model else None,
+            errors=BatchErrors(data=batch.errors) if batch.errors else None,
+            input_file_id=batch.input_file_id,
+            completion_window=batch.completion_window,
+            status=batch.status,
+            output_file_id=batch.output_file_id,
+            error_file_id=batch.error_file_id,
+            created_at=int(batch.created_at.timestamp()),
+            expires_at=int(batch.expires_at.timestamp()),
+            request_counts=RequestCounts(
+                total=batch.total, completed=batch.completed, failed=batch.failed
+            ),
+            usage=BatchUsage.of(batch),
+            metadata=batch.metadata,
+            priority=Priority(batch.priority).name.lower(),
+            **times,
+        )
+
+
+class BatchList(Schema):
+    object: Literal["list"] = "list"
+    data: list[BatchOut]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ErrorDetail(Schema):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorOut(Schema):
+    error: ErrorDetail

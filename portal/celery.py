@@ -1,0 +1,30 @@
+"""The Celery app and its two queues: `cpu`, one worker a message, and `gpu`, every worker.
+
+Tasks live in each app's `tasks.py`; a message is a wake-up, the database row is the truth.
+"""
+
+from __future__ import annotations
+
+import os
+
+from celery import Celery
+from celery.signals import setup_logging
+from kombu import Queue
+from kombu.common import Broadcast
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "portal.settings")
+
+app = Celery("portal")
+app.config_from_object("django.conf:settings", namespace="CELERY")
+app.conf.task_queues = (
+    Queue("cpu"),
+    # A fanout: a chunk that becomes ready wakes every idle GPU worker, not just one.
+    Broadcast("gpu"),
+)
+app.conf.task_routes = {"worker.tasks.wake": {"queue": "gpu", "exchange": "gpu"}}
+app.autodiscover_tasks()
+
+
+@setup_logging.connect
+def keep_django_logging(**_: object) -> None:
+    """Celery would otherwise replace the format that settings chose."""

@@ -1,0 +1,27 @@
+"""The one shape of every error under /v1: OpenAI's `{"error": {message, type, param, code}}`.
+
+Services raise `accounts.errors.ApiError`; this module only turns errors into responses.
+"""
+
+from __future__ import annotations
+
+import orjson
+from django.http import HttpResponse
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def envelope(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> HttpResponse:
+    """An error response; all four keys are always there."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    response = HttpResponse(orjson.dumps(body), status=status, content_type="application/json")
+    if status == 503:
+        response["Retry-After"] = "2"
+    return response
+
+
+def is_envelope(response: HttpResponse) -> bool:
+    return response.content.startswith(b'{"error":{"message"')

@@ -1,0 +1,46 @@
+"""Liveness and readiness: is this process up, and can it take work?"""
+
+from __future__ import annotations
+
+import os
+
+from django.conf import settings
+from django.core.cache import cache
+from django.db import DatabaseError, connection
+from django.http import HttpRequest, JsonResponse
+
+
+def healthz(request: HttpRequest) -> JsonResponse:
+    return JsonResponse({"status": "ok"})
+
+
+def readyz(request: HttpRequest) -> JsonResponse:
+    """200 when batches can be taken: they need the database and the storage.
+
+    Redis carries only wake-ups, which sweeps repeat; that it is away is told, not refused.
+    """
+    checks = {"database": _database(), "storage": _storage(), "redis": _redis()}
+    ready = checks["database"] and checks["storage"]
+    status = "ready" if ready else "not ready"
+    return JsonResponse({"status": status, **checks}, status=200 if ready else 503)
+
+
+def _database() -> bool:
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1 FROM batches_batch LIMIT 1")
+        return True
+    except DatabaseError:
+        return False
+
+
+def _storage() -> bool:
+    return os.access(settings.FILE_UPLOAD_TEMP_DIR, os.W_OK)
+
+
+def _redis() -> bool:
+    try:
+        cache.get("readyz")
+        return True
+    except (OSError, ConnectionError, Exception):  # redis-py's errors share no useful base
+        return False

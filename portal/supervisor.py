@@ -1,0 +1,475 @@
+"""One process that runs all of a host's processes and starts again whichever dies.
+
+What each of them does is its own; how the two services keep their data is in `embedded.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+
+from portal import embedded, logs
+from portal.embedded import ServiceError
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between a death and the next start
+SETTLED = 30.0  # seconds of life after which a death counts as the first again
+LOCK_SECONDS = 30.0
+
+log = structlog.get_logger("portal.supervisor")
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C came before everything was up."""
+
+
+@dataclass
+class Child:
+    """A process to be kept alive. `patience` is the seconds from its stop signal to SIGKILL."""
+
+    name: str
+    spawn: Callable[[], subprocess.Popen[bytes]]
+    stop_signal: signal.Signals = signal.SIGTERM
+    patience: float = 15.0
+    forced_patience: float = 0.0
+    clear: Callable[[], None] = lambda: None  # sees to what outlives its process group
+    process: subprocess.Popen[bytes] | None = None
+    born: float = 0.0
+    due: float = 0.0
+    pause: float = FIRST_PAUSE
+
+    def start(self) -> None:
+        self.born = time.monotonic()
+        try:
+            self.process = self.spawn()
+        except (OSError, ServiceError) as error:
+            log.error("cannot start", child=self.name, reason=str(error))
+            self.put_off()
+
+    def ended(self) -> bool:
+        """Whether it is dead; what it left behind in its process group then is as well.
+
+        waitid leaves the zombie, which keeps the group's number from being given to others.
+        """
+        if self.process is None or self.process.returncode is not None:
+            return True
+        flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
+        if os.waitid(os.P_PID, self.process.pid, flags) is None:
+            return False
+        embedded.kill_group(self.process.pid)
+        self.process.wait()
+        return True
+
+    def put_off(self) -> None:
+        """Wait longer after each death, until one lives long enough to count as well."""
+        now = time.monotonic()
+        if now - self.born > SETTLED:
+            self.pause = FIRST_PAUSE
+        self.due = now + self.pause
+        self.pause = min(self.pause * 2, LONGEST_PAUSE)
+
+    def tend(self) -> bool:
+        """Notice its death, or start it when that is due; whether anything changed."""
+        if self.process is None:
+            due = time.monotonic() >= self.due
+            if due:
+                self.start()
+            return due
+        if not self.ended():
+            return False
+        self.put_off()
+        log.warning("died", child=self.name, exit=self.process.returncode)
+        self.process = None
+        return True
+
+    def signal(self) -> None:
+        """Its own stop signal, to its main process only: an engine below must outlive the task."""
+        if self.process and not self.ended():
+            os.kill(self.process.pid, self.stop_signal)
+
+
+@dataclass
+class Supervisor:
+    """Layers of children, the ones that others need first; stopped in the opposite order."""
+
+    state: Path
+    port: int
+    layers: list[list[Child]] = field(default_factory=list)
+    ready: bool = False
+    signals: int = 0
+    starting: bool = True
+
+    def catch_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signals += 1
+        if self.starting:
+            self.starting = False
+            raise Stopped
+
+    def keep(self, layer: list[Child]) -> None:
+        self.layers.append(layer)
+        self.tend()
+
+    def tend(self) -> None:
+        changes = [child.tend() for layer in self.layers for child in layer]
+        if any(changes):
+            self.write()
+
+    def write(self) -> None:
+        """DATA_DIR/serve.json: who runs now, for tests and tools."""
+        alive = {
+            c.name: c.process.pid for layer in self.layers for c in layer if c.process
+        }
+        now = {
+            "port": self.port,
+            "pid": os.getpid(),
+            "ready": self.ready,
+            "children": alive,
+        }
+        embedded.write_private(self.state, json.dumps(now) + "\n")
+
+    def watch(self, is_ready: Callable[[], bool] = lambda: True) -> None:
+        """Tend everything until a signal comes."""
+        self.starting = False
+        for turn in itertools.count():
+            if self.signals:
+                return
+            self.tend()
+            if not self.ready and turn % 5 == 0 and is_ready():
+                self.ready = True
+                self.write()
+                log.info(f"ready at http://127.0.0.1:{self.port}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        self.starting = False
+        for layer in reversed(self.layers):
+            self._stop_layer(layer)
+        self.state.unlink(missing_ok=True)
+
+    def _stop_layer(self, layer: list[Child]) -> None:
+        began = time.monotonic()
+        for child in layer:
+            child.signal()
+        while alive := [child for child in layer if not child.ended()]:
+            for child in alive:
+                patience = child.forced_patience if self.signals > 1 else child.patience
+                if child.process and time.monotonic() - began > patience:
+                    embedded.kill_group(child.process.pid)
+            time.sleep(0.05)
+        for child in layer:
+            child.clear()
+
+
+# --- What runs ------------------------------------------------------------------------------
+
+
+def spawn(argv: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A child in its own process group, which ends when we do, whatever happens to us."""
+    return subprocess.Popen(
+        embedded.guarded(argv),
+        env=environment,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+    )
+
+
+def environment(data_dir: Path, services: embedded.Services) -> dict[str, str]:
+    """Ours, and what the services' start has decided."""
+    found = {**os.environ, "DATA_DIR": str(data_dir), "PYTHONUNBUFFERED": "1"}
+    found["DJANGO_SETTINGS_MODULE"] = "portal.settings"
+    for variable, url in (
+        ("DATABASE_URL", services.database_url),
+        ("REDIS_URL", services.redis_url),
+    ):
+        if not embedded.given(variable):
+            found[variable] = url
+    return found
+
+
+def service_child(server: embedded.Server) -> Child:
+    """Started here and answering already, as everybody else needs it."""
+    process = embedded.start(server)
+    return Child(
+        server.name,
+        server.spawn,
+        server.stop_signal,
+        patience=embedded.STOP_SECONDS,
+        forced_patience=5.0,
+        clear=server.clear,
+        process=process,
+        born=time.monotonic(),
+    )
+
+
+def children(
+    options: argparse.Namespace, variables: dict[str, str], data_dir: Path
+) -> list[Child]:
+    """The project's own processes."""
+    commands = {
+        "web": _web(options),
+        "cpu": [
+            *(
+                "celery",
+                "-A",
+                "portal",
+                "worker",
+                "-Q",
+                "cpu",
+                "-P",
+                "prefork",
+                "-n",
+                "cpu@%h",
+            ),
+            *("-c", str(options.cpu_workers), "--without-gossip", "--without-mingle"),
+            *("--loglevel", "INFO"),
+        ],
+        "beat": [
+            *("celery", "-A", "portal", "beat", "--pidfile="),
+            *("-s", str(data_dir / "celerybeat-schedule")),
+        ],
+        **{f"gpu{index}": _gpu_worker(index) for index in range(options.gpu_workers)},
+    }
+    patience = {"web": 15.0, "beat": 10.0}
+    return [
+        Child(
+            name,
+            partial(spawn, [sys.executable, "-m", *command], variables),
+            patience=patience.get(name, 30.0),
+        )
+        for name, command in commands.items()
+    ]
+
+
+def _web(options: argparse.Namespace) -> list[str]:
+    # A thread of gthread answers its worker's heartbeat, so a long upload is no timeout.
+    command = [
+        *("gunicorn", "portal.wsgi:application", "-k", "gthread", "--threads", "8"),
+        *(
+            "--workers",
+            str(options.web_workers),
+            "--bind",
+            f"{options.host}:{options.port}",
+        ),
+        *("--timeout", "120", "--graceful-timeout", "10", "--keep-alive", "15"),
+        *("--log-level", "warning", "--no-control-socket"),
+    ]
+    # The heartbeat is a file: on a disk that stalls, gunicorn would kill healthy workers.
+    return (
+        [*command, "--worker-tmp-dir", "/dev/shm"]
+        if os.path.isdir("/dev/shm")
+        else command
+    )
+
+
+def _gpu_worker(index: int) -> list[str]:
+    command = ["worker", "--name", f"gpu{index}"]
+    return [*command, "--gpu", str(index)] if index < gpu_count() else command
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs that this host (or container) can see."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+# --- The database's tables ------------------------------------------------------------------
+
+
+def migrate(variables: dict[str, str], data_dir: Path) -> None:
+    """Bring the tables up to date; one process at a time."""
+    with (data_dir / "migrate.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [
+            sys.executable,
+            str(ROOT / "manage.py"),
+            "migrate",
+            "--noinput",
+            "-v",
+            "0",
+        ]
+        done = subprocess.run(
+            embedded.guarded(command),
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    if done.returncode:
+        raise ServiceError(f"migrate failed:\n{done.stdout}{done.stderr}".strip())
+
+
+def has_tables(database_url: str) -> bool:
+    """Whether migrate has ever run there."""
+    import psycopg
+
+    with psycopg.connect(database_url, connect_timeout=10) as connection:
+        row = connection.execute(
+            "SELECT to_regclass('django_migrations') IS NOT NULL"
+        ).fetchone()
+    return bool(row and row[0])
+
+
+# --- Commands -------------------------------------------------------------------------------
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Run everything until a signal comes; 0 then, 1 when it could not be started."""
+    logs.configure("INFO")
+    data_dir = embedded.make_data_dir(options.data_dir)
+    options.port = options.port or embedded.free_port()
+    supervisor = Supervisor(data_dir / "serve.json", options.port)
+    supervisor.catch_signals()
+    try:
+        with ExitStack() as stack:
+            _claim(stack, data_dir, options)
+            stack.callback(supervisor.stop)
+            variables = _bring_up(supervisor, data_dir, options)
+            supervisor.watch(partial(is_ready, options.port, variables["BASE_URL"]))
+            log.info("stopping; once more to force it")
+    except Stopped:
+        pass
+    except ServiceError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 1
+    log.info("stopped")
+    return 0
+
+
+def _claim(stack: ExitStack, data_dir: Path, options: argparse.Namespace) -> None:
+    """The right to this folder, its services and the port; ServiceError when somebody has it."""
+    if (lock := embedded.take_lock(data_dir / "serve.lock")) is None:
+        pid = embedded.read_json(data_dir / "serve.json").get("pid", "unknown")
+        raise ServiceError(f"another serve (pid {pid}) already runs on {data_dir}")
+    stack.enter_context(lock)
+    if not embedded.is_free(options.port, options.host):
+        raise ServiceError(f"port {options.port} is taken: choose another with --port")
+    deadline = time.monotonic() + LOCK_SECONDS  # a short command may be running
+    while (lock := embedded.own(data_dir)) is None:
+        if time.monotonic() > deadline:
+            raise ServiceError(f"another command still uses the services of {data_dir}")
+        time.sleep(0.2)
+    stack.enter_context(lock)
+
+
+def _bring_up(
+    supervisor: Supervisor, data_dir: Path, options: argparse.Namespace
+) -> dict[str, str]:
+    layer: list[Child] = []
+    supervisor.keep(layer)
+    for server in embedded.servers(data_dir):
+        layer.append(service_child(server))
+    services = embedded.urls(data_dir)
+    assert services is not None
+    variables = environment(data_dir, services)
+    variables.setdefault("BASE_URL", f"http://127.0.0.1:{options.port}")
+    log.info("bringing the database's tables up to date")
+    migrate(variables, data_dir)
+    supervisor.starting = False
+    supervisor.keep(children(options, variables, data_dir))
+    return variables
+
+
+def is_ready(port: int, base_url: str) -> bool:
+    """Whether GET /readyz says 200; asked by the name under which the portal is reached."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/readyz", headers={"Host": urlsplit(base_url).netloc}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):
+        return False
+
+
+def wait_ready(data_dir: Path, timeout: float = 180.0) -> str:
+    """The address of the portal that serves `data_dir`, once it is ready; or TimeoutError."""
+    found: dict[str, Any] = {}
+
+    def ready() -> bool:
+        found.update(embedded.read_json(data_dir / "serve.json"))
+        return bool(found.get("ready")) and Path(f"/proc/{found['pid']}").exists()
+
+    if not embedded.wait_until(ready, timeout, pause=0.2):
+        raise TimeoutError(
+            f"nothing that serves {data_dir} became ready within {timeout:g} s"
+        )
+    return f"http://127.0.0.1:{found['port']}"
+
+
+def manage(data_dir: Path, arguments: list[str]) -> int:
+    """Run manage.py beside the services, which are started for it where none run yet."""
+    try:
+        with embedded.running(data_dir) as services:
+            variables = environment(data_dir.resolve(), services)
+            if arguments[:1] != ["migrate"] and not has_tables(services.database_url):
+                migrate(variables, data_dir)
+            return _run_manage(arguments, {"LOG_STREAM": "stderr", **variables})
+    except ServiceError as error:
+        print(f"manage: {error}", file=sys.stderr)
+        return 1
+
+
+def _run_manage(arguments: list[str], variables: dict[str, str]) -> int:
+    command = [sys.executable, str(ROOT / "manage.py"), *arguments]
+    process = subprocess.Popen(embedded.guarded(command), env=variables)
+    # A terminal's Ctrl-C reaches the command by itself; its answer to that is the one that counts.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve_ = commands.add_parser(
+        "serve", help="run the portal and its workers on this host"
+    )
+    serve_.add_argument("--host", default="127.0.0.1")
+    serve_.add_argument("--port", type=int, default=8000, help="0: any free one")
+    serve_.add_argument("--data-dir", type=Path, default=default_data_dir())
+    serve_.add_argument("--gpu-workers", type=int, default=1)
+    serve_.add_argument("--cpu-workers", type=int, default=2)
+    serve_.add_argument("--web-workers", type=int, default=2)
+    commands.add_parser("manage", help="run a manage.py command")
+    return parser
+
+
+def default_data_dir() -> Path:
+    return Path(os.environ.get("DATA_DIR") or ROOT / "var")
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["manage"]:  # whose own --help and options are not ours to read
+        return manage(default_data_dir(), arguments[1:])
+    return serve(_parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,558 @@
+"""vLLM as an engine: its own AsyncLLM and its own OpenAI serving layer, called in this process.
+
+The only module that knows vLLM's import paths (0.26 to 0.33); no queue, no database, no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import functools
+import gc
+import json
+import math
+import multiprocessing
+import os
+import re
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NoReturn
+
+import orjson
+import psutil
+
+from worker.engines.base import Answer, EngineDied, LoadFailed, ModelSpec, Usage
+
+WATCH_SECONDS = 0.25
+"""How often the engine's processes are looked at."""
+DEATH_GRACE_SECONDS = 0.5
+"""How long vLLM may take to fail a dead engine's requests itself, before they are ended here."""
+SHUTDOWN_SECONDS = 10.0
+"""How long the engine's processes may take to end by themselves, before they are killed."""
+QUEUE_FACTOR = 1.5
+"""Requests in flight for each one that runs: the next must wait in the engine, not in Python."""
+SHORTEST_REQUEST = 128
+"""Tokens of KV cache below which no request is counted when the cache bounds the capacity."""
+
+OURS = frozenset({"model", "model-tag", "served-model-name", "revision", "config", "headless"})
+"""vLLM options that the registry entry decides, or that make no sense in process."""
+
+DEFAULT_OPTIONS: dict[str, Any] = {
+    "disable-log-stats": True,
+    "enable-prompt-tokens-details": True,  # usage of cached tokens is billed apart
+    # Bodies are tenants' text: a URL in one must not make this host fetch it. An empty list would
+    # allow every host, so the list names one that cannot exist; `data:` URLs stay allowed.
+    "allowed-media-domains": ["none.invalid"],
+}
+TASK_OPTIONS: dict[str, dict[str, Any]] = {
+    "embedding": {"runner": "pooling"},
+    "score": {"runner": "pooling"},
+}
+CPU_OPTIONS: dict[str, Any] = {
+    "dtype": "float32",  # bfloat16 with AMX can die of SIGILL in a tiny first forward pass
+    "enforce-eager": True,
+    "enable-chunked-prefill": False,  # with it a request's own seed kills the engine
+    "kv-cache-memory-bytes": "1G",  # without a bound it takes most of the host's memory
+    "structured-outputs-config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+
+EXTRAS = frozenset(
+    "ec_transfer_params kv_transfer_params metrics prompt_logprobs prompt_text prompt_token_ids"
+    " reasoning reasoning_content routed_experts stop_reason token_ids audio function_call"
+    " annotations input_messages output_messages prompt_tokens_details"
+    " completion_tokens_details created_cache_tokens multimodal_tokens".split()
+)
+"""Keys that vLLM sends as null and that OpenAI's answers do not have, or have only when set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How one endpoint is asked: the body's parser, and the handler that vLLM made (or none)."""
+
+    parse: Callable[[dict[str, Any]], Any]
+    handler: Callable[[Any], Awaitable[Any]] | None
+
+
+class VllmEngine:
+    """One model on vLLM. What a request does not say is vLLM's default, which takes sampling
+    values from the model's own `generation_config.json` unless `engine_args` say otherwise.
+
+    `gpu` is the index of the one device that the engine may see; None leaves the environment's
+    choice, which is also how an engine gets several devices.
+    """
+
+    def __init__(self, spec: ModelSpec, *, gpu: int | None = None) -> None:
+        self.spec = spec
+        self.gpu = gpu
+        self.capacity = 1
+        self._engine: Any = None
+        self._calls: dict[str, Call] = {}
+        self._cores: list[BaseProcess] = []
+        self._strangers: set[int | None] | None = None
+        self._building: asyncio.Future[Any] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._in_flight: set[asyncio.Task[Any]] = set()
+        self._evicted: set[asyncio.Task[Any]] = set()
+        self._dead = False
+
+    async def load(self) -> None:
+        """Start the engine; raises LoadFailed with the root cause. Takes 10 s to minutes."""
+        await self.unload()
+        try:
+            await self._load()
+        except LoadFailed:
+            await self.unload()
+            raise
+        except Exception as error:
+            await self.unload()
+            raise LoadFailed(_in_one_line(error)) from error
+        except BaseException:
+            await self.unload()
+            raise
+
+    async def _load(self) -> None:
+        self._dead = False
+        # In a thread, because importing vLLM and starting its engine would hold up the loop (and
+        # with it the heartbeat) for long. vLLM starts its asyncio parts at the first await below.
+        self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
+        args = await asyncio.shield(self._building)
+        self._building = None
+        tasks = await self._engine.get_supported_tasks()
+        state = await _serving_layer(self._engine, args, tasks)
+        self._calls = _calls(state)
+        self.capacity = _capacity(self._engine.vllm_config)
+        self._watcher = asyncio.create_task(self._watch(), name=f"watch {self.spec.name}")
+
+    def _build(self) -> Any:
+        """Everything of the start that blocks; returns vLLM's parsed arguments."""
+        _prepare_process()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = _parse(self.spec)
+        log = _failure_log()
+        if log:
+            os.truncate(log, 0)
+        self._strangers = {child.pid for child in multiprocessing.active_children()}
+        with _environment(self._environment()):
+            try:
+                engine_args = AsyncEngineArgs.from_cli_args(args)
+                # Offline use, so that vLLM's defaults are those for throughput, not for latency.
+                self._engine = AsyncLLM.from_engine_args(
+                    engine_args, usage_context=UsageContext.LLM_CLASS
+                )
+            except Exception as error:
+                raise LoadFailed(_logged_cause(log) or _in_one_line(error)) from error
+        self._cores = self._children()
+        return args
+
+    def _environment(self) -> dict[str, str]:
+        """What the engine's processes must find in their environment when they are spawned."""
+        wanted = {}
+        if self.gpu is not None and not _on_cpu():
+            # The child decides at its first CUDA call which devices there are; after its spawn
+            # it is too late. Only the child, because the next engine may be given another one.
+            wanted["CUDA_VISIBLE_DEVICES"] = str(self.gpu)
+        if Path(self.spec.source).is_dir() and "HF_HUB_OFFLINE" not in os.environ:
+            wanted["HF_HUB_OFFLINE"] = "1"
+        return wanted
+
+    async def answer(self, endpoint: str, body: dict[str, Any]) -> Answer:
+        """Answer one request body; a refusal is an answer, only the engine's end is an error."""
+        if self._gone():
+            raise EngineDied(f"the engine of {self.spec.name} is not running")
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled_before = task.cancelling()
+        self._in_flight.add(task)
+        try:
+            return await self._ask(endpoint, body)
+        finally:
+            self._in_flight.discard(task)
+            # Here and not in an `except`, because some of vLLM's handlers take a cancellation
+            # for a client that hung up, and return an ordinary error.
+            self._raise_if_ended(task, cancelled_before)
+
+    def _raise_if_ended(self, task: asyncio.Task[Any], cancelled_before: int) -> None:
+        if task in self._evicted:
+            self._evicted.discard(task)
+            if task.uncancel() == cancelled_before:
+                raise EngineDied(self._last_words()) from None
+        if task.cancelling() > cancelled_before:
+            raise asyncio.CancelledError
+
+    async def _ask(self, endpoint: str, body: dict[str, Any]) -> Answer:
+        call = self._calls.get(endpoint)
+        if call is None:
+            return _error(404, f"Unknown endpoint {endpoint}")
+        if call.handler is None:
+            return _error(400, f"The model `{self.spec.name}` does not support {endpoint}")
+        try:
+            # A copy: vLLM's validators write defaults into the body, and the caller may retry it.
+            request = call.parse(dict(body))
+            if getattr(request, "stream", None):
+                return _error(400, "A batch request cannot be streamed", param="stream")
+            answer = _read(await call.handler(request))
+        except Exception as error:
+            if self._gone():
+                raise EngineDied(self._last_words()) from error
+            return _refusal(error)
+        if answer.status >= 500 and self._gone():
+            raise EngineDied(self._last_words())
+        return answer
+
+    def _gone(self) -> bool:
+        return self._dead or self._engine is None or bool(self._engine.errored)
+
+    def _last_words(self) -> str:
+        cause = _logged_cause(_failure_log())
+        return f"the engine of {self.spec.name} died" + (f": {cause}" if cause else "")
+
+    async def _watch(self) -> None:
+        """Notice the engine's death, also one by a signal, and end what waits for its answers."""
+        while all(core.is_alive() for core in self._cores) and not self._engine.errored:
+            await asyncio.sleep(WATCH_SECONDS)
+        self._dead = True
+        await asyncio.sleep(DEATH_GRACE_SECONDS)
+        self._evict()
+
+    def _evict(self) -> None:
+        for task in self._in_flight - self._evicted:
+            self._evicted.add(task)
+            task.cancel()
+
+    async def unload(self) -> None:
+        """End the engine and its processes; requests in flight raise EngineDied. Idempotent."""
+        if self._building is not None:  # a cancelled load: its thread cannot be stopped
+            await asyncio.wait([self._building])
+            self._building = None
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+        self._dead = True
+        self._evict()
+        engine, self._engine, self._calls = self._engine, None, {}
+        if engine is not None:
+            with contextlib.suppress(Exception):  # whatever is left is killed below
+                await asyncio.to_thread(engine.shutdown, timeout=SHUTDOWN_SECONDS)
+            del engine
+        await self._end_processes()
+        gc.collect()  # handlers, renderer and engine refer to each other in circles
+
+    async def _end_processes(self) -> None:
+        """Wait for what the engine started; kill by pid what does not end."""
+        left = [psutil.Process(pid) for pid in self.pids() if psutil.pid_exists(pid)]
+        self._cores, self._strangers = [], None
+        if not left:
+            return
+        _, left = await asyncio.to_thread(psutil.wait_procs, left, timeout=SHUTDOWN_SECONDS)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        await asyncio.to_thread(psutil.wait_procs, left, timeout=SHUTDOWN_SECONDS)
+
+    def _children(self) -> list[BaseProcess]:
+        """The engine's own child processes: those that vLLM made through multiprocessing since
+        the load began. Python's resource tracker, which ends with this process, is none."""
+        if self._strangers is None:
+            return []
+        strangers = self._strangers
+        return [core for core in multiprocessing.active_children() if core.pid not in strangers]
+
+    def pids(self) -> list[int]:
+        """The engine's processes and theirs, also while it loads."""
+        found = []
+        for core in self._cores or self._children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(core.pid)
+                found += [process.pid, *(child.pid for child in process.children(recursive=True))]
+        return found
+
+
+def _prepare_process() -> None:
+    """What vLLM reads when it is first imported; whatever the operator set stays."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # A worker has threads, and a fork of a process with threads can hang.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    _failure_log()
+
+
+@functools.lru_cache(maxsize=1)
+def _failure_log() -> Path | None:
+    """A file that gets the errors which vLLM logs, here and in its child processes.
+
+    The child only tells us that it failed; why, it tells its log. None where the operator
+    configured vLLM's logging, which is left alone.
+    """
+    if {"VLLM_LOGGING_CONFIG_PATH", "VLLM_CONFIGURE_LOGGING"} & os.environ.keys():
+        return None
+    folder = tempfile.TemporaryDirectory(prefix="vllm-log-")
+    _KEPT.append(folder)
+    log, config = Path(folder.name, "errors.log"), Path(folder.name, "logging.json")
+    log.touch()
+    level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING").upper()
+    config.write_text(json.dumps(_logging_config(log, level)))
+    os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(config)
+    return log
+
+
+_KEPT: list[Any] = []  # a temporary folder is removed with the object, so at the process's end
+
+
+def _logging_config(log: Path, level: str) -> dict[str, Any]:
+    line = {"format": "%(levelname)s %(asctime)s pid=%(process)d %(name)s: %(message)s"}
+    stream = {"class": "logging.StreamHandler", "level": level, "formatter": "line"}
+    file = {"class": "logging.FileHandler", "level": "ERROR", "filename": str(log)}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": line},
+        "handlers": {"stream": stream, "file": file},
+        "loggers": {"vllm": {"handlers": ["stream", "file"], "level": level, "propagate": False}},
+    }
+
+
+EXCEPTION_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit)\b(?:: .+)?$")
+NO_CAUSE = ("See root cause", "See stack trace", "initialization failed", "EngineDeadError")
+
+
+def _logged_cause(log: Path | None) -> str:
+    """The last line of the first logged traceback that names a cause."""
+    if log is None or not log.exists():
+        return ""
+    for line in log.read_text(errors="replace").splitlines():
+        if EXCEPTION_LINE.match(line) and not any(words in line for words in NO_CAUSE):
+            return line[:500]
+    return ""
+
+
+def _in_one_line(error: BaseException) -> str:
+    problems = getattr(error, "errors", None)  # pydantic's ValidationError
+    if callable(problems):
+        return "; ".join(_problem(problem) for problem in problems())[:500]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500]
+
+
+def _problem(problem: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in problem.get("loc", ()))
+    return f"{place}: {problem['msg']}" if place else str(problem["msg"])
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes that are spawned inside the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _cli() -> Any:
+    try:
+        from vllm.entrypoints.common import cli_args  # 0.33
+    except ImportError:
+        try:
+            from vllm.entrypoints.launchers import cli_args  # 0.30 to 0.32
+        except ImportError:
+            from vllm.entrypoints.openai import cli_args  # before
+    return cli_args
+
+
+def _parse(spec: ModelSpec) -> Any:
+    """vLLM's own parsed arguments for a registry entry; raises LoadFailed for a bad option."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    def refuse(message: str) -> NoReturn:
+        raise LoadFailed(f"vLLM refuses the engine_args: {message}")
+
+    parser = _cli().make_arg_parser(FlexibleArgumentParser(prog="vllm"))
+    parser.error = refuse  # argparse would end the process
+    try:
+        args = parser.parse_args(_words(spec, parser._option_string_actions))
+        _cli().validate_parsed_serve_args(args)
+    except SystemExit:
+        raise LoadFailed("vLLM refuses the engine_args") from None
+    # What serves HTTP takes a list here; the parser leaves a single name a string.
+    args.served_model_name = [spec.name]
+    return args
+
+
+def _words(spec: ModelSpec, known: dict[str, Any]) -> list[str]:
+    """The command line for a registry entry: our options, then those of its `engine_args`."""
+    options = DEFAULT_OPTIONS | TASK_OPTIONS.get(spec.task, {}) | (CPU_OPTIONS if _on_cpu() else {})
+    options = {name: value for name, value in options.items() if f"--{name}" in known}
+    for name, value in spec.engine_args.items():
+        option = name.lstrip("-").replace("_", "-")
+        if option in OURS:
+            raise LoadFailed(f"engine_args cannot set {name}: the model's entry does")
+        options[option] = value
+    words = [f"--model={spec.source}", f"--served-model-name={spec.name}"]
+    if spec.revision:
+        words.append(f"--revision={spec.revision}")
+    return words + [word for pair in options.items() for word in _option(*pair, known)]
+
+
+def _option(name: str, value: Any, known: dict[str, Any]) -> list[str]:
+    """One option as words of a command line, written as its parser wants it."""
+    flag = f"--{name}"
+    action = known.get(flag.partition(".")[0])  # `--json-option.key` sets one key
+    if action is None:
+        close = difflib.get_close_matches(flag, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise LoadFailed(f"vLLM has no option {flag}{hint}")
+    if value is None or value == []:
+        return []
+    if value is True and action.nargs is not None:
+        return [flag]
+    if value is False and f"--no-{name}" in known:
+        return [f"--no-{name}"]
+    if value is False and action.nargs == 0:
+        return []
+    if isinstance(value, list) and action.nargs in ("+", "*"):
+        return [flag, *map(str, value)]
+    return [f"{flag}={json.dumps(value) if isinstance(value, list | dict) else value}"]
+
+
+async def _serving_layer(engine: Any, args: Any, tasks: Any) -> Any:
+    """The object on which vLLM's own server keeps its handlers."""
+    from starlette.datastructures import State
+
+    try:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    except ImportError:
+        from vllm.entrypoints.openai.api_server import init_app_state
+
+    state = State()
+    await init_app_state(engine, state, args, tasks)
+    return state
+
+
+def _calls(state: Any) -> dict[str, Call]:
+    """Every endpoint that can be asked. vLLM puts None for one that the model cannot do."""
+    from pydantic import TypeAdapter
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
+    from vllm.entrypoints.pooling.scoring.protocol import RerankRequest, ScoreRequest
+
+    def call(request: Any, name: str, method: str = "") -> Call:
+        handler = getattr(state, name, None)
+        ask = getattr(handler, method) if handler is not None and method else handler
+        return Call(TypeAdapter(request).validate_python, ask)
+
+    chat = call(ChatCompletionRequest, "openai_serving_chat", "create_chat_completion")
+    score = call(ScoreRequest, "serving_scores")
+    rerank = call(RerankRequest, "serving_scores")
+    return {
+        "/v1/chat/completions": chat,
+        "/v1/completions": call(CompletionRequest, "openai_serving_completion", "create_completion"),
+        "/v1/responses": call(ResponsesRequest, "openai_serving_responses", "create_responses"),
+        "/v1/embeddings": call(EmbeddingRequest, "serving_embedding"),
+        "/v1/score": score,
+        "/score": score,
+        "/v1/rerank": rerank,
+        "/rerank": rerank,
+    }
+
+
+def _capacity(config: Any) -> int:
+    """Requests in flight that keep the engine full: what it can run at once, and some waiting."""
+    running = config.scheduler_config.max_num_seqs
+    cache = config.cache_config
+    tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
+    if tokens:
+        running = min(running, max(1, tokens // SHORTEST_REQUEST))
+    return math.ceil(QUEUE_FACTOR * running * config.parallel_config.data_parallel_size)
+
+
+def _read(response: Any) -> Answer:
+    """An Answer from what a handler returned: its model, its error, or a finished HTTP response."""
+    if hasattr(response, "model_dump"):
+        error = getattr(response, "error", None)
+        if error is not None and not hasattr(response, "usage"):
+            return _error(int(error.code), error.message, param=error.param)
+        return _success(response.model_dump(mode="json", by_alias=True, warnings="none"))
+    raw = getattr(response, "body", None)
+    if raw is None or "json" not in (response.media_type or ""):
+        return _error(400, "This answer would not be JSON; ask for another `encoding_format`")
+    body = orjson.loads(raw)
+    if response.status_code >= 400:
+        given = body.get("error") or {}
+        return _error(response.status_code, given.get("message", ""), param=given.get("param"))
+    return _success(body)
+
+
+def _success(body: dict[str, Any]) -> Answer:
+    _strip(body)
+    for choice in body.get("choices") or ():
+        _strip(choice)
+        if "message" in choice:
+            _strip(choice["message"])
+    usage = body.get("usage")
+    if usage:
+        _strip(usage)
+        for detail in usage.values():
+            if isinstance(detail, dict):
+                _strip(detail)
+    return Answer(200, _encode(body), Usage.of(usage))
+
+
+def _strip(values: dict[str, Any]) -> None:
+    """Drop vLLM's own keys that say nothing; OpenAI's nullable keys stay."""
+    for name in EXTRAS & values.keys():
+        if values[name] is None:
+            del values[name]
+
+
+def _encode(body: Any) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except TypeError:  # a lone surrogate out of a tenant's text, which only JSON's \u can write
+        return json.dumps(body).encode()
+
+
+def _refusal(error: Exception) -> Answer:
+    """What vLLM's own server would answer to an exception, but never 5xx for a bad body."""
+    response = _vllm_error(error)
+    status = int(response.error.code)
+    if isinstance(error, NotImplementedError | RecursionError):
+        status = 400
+    message = response.error.message
+    if callable(getattr(error, "errors", None)):  # pydantic: without the input and its web address
+        message = _in_one_line(error)
+    return _error(status, message or type(error).__name__, param=response.error.param)
+
+
+def _vllm_error(error: Exception) -> Any:
+    try:
+        from vllm.entrypoints.serve import create_error_response
+    except ImportError:
+        from vllm.entrypoints.serve.utils.error_response import create_error_response
+    return create_error_response(error)
+
+
+def _error(status: int, message: str, *, param: str | None = None) -> Answer:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": param, "code": None}
+    return Answer(status, _encode({"error": error}))

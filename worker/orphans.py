@@ -1,0 +1,54 @@
+"""Engine processes that a killed worker left behind: remembered at load, ended at the next start.
+
+Known by pid and start time, never by name: another worker's healthy engine may share the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+import psutil
+import structlog
+from django.conf import settings
+
+logger = structlog.get_logger(__name__)
+_WAIT_SECONDS = 10
+
+
+def remember(worker: str, pids: Sequence[int]) -> None:
+    """Write down the processes of the engine that this worker has just started."""
+    path = _ledger(worker)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = [{"pid": pid, "started": started} for pid in pids if (started := _started(pid))]
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(orjson.dumps(known))
+    fresh.rename(path)
+
+
+def end_left_over(worker: str) -> int:
+    """End what is left of the worker's last life; returns how many processes that were."""
+    try:
+        known = orjson.loads(_ledger(worker).read_bytes())
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return 0
+    left = [psutil.Process(each["pid"]) for each in known if _started(each["pid"]) == each["started"]]
+    for process in left:
+        logger.warning("ending an engine left behind", pid=process.pid)
+        process.kill()
+    psutil.wait_procs(left, timeout=_WAIT_SECONDS)
+    remember(worker, [])
+    return len(left)
+
+
+def _started(pid: int) -> float | None:
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
+
+
+def _ledger(worker: str) -> Path:
+    path: Path = settings.DATA_DIR / "workers" / f"{worker}.json"
+    return path

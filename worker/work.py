@@ -1,0 +1,172 @@
+"""A leased chunk in a worker's hands: its requests, and what became of each.
+
+Only bookkeeping lives here; the loop feeds, the database is behind `batches.services.leases`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import orjson
+
+from accounts.ids import new_id
+from batches import index, storage
+from batches.services import leases
+from batches.services.leases import Lease, Outcome
+from worker.engines.base import Answer
+
+ALONE_AFTER = 3
+"""Engine deaths after which a request is tried with nothing else in flight."""
+GIVEN_UP_AFTER = ALONE_AFTER + 1
+"""Deaths, the trial alone included, after which it is an error line when found again."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    line: int
+    text: bytes
+    deaths: int = 0
+    tried_alone: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """The requests of one lease: `todo` and `alone` wait, `flying` are in the engine."""
+
+    lease: Lease
+    todo: deque[Request]
+    alone: deque[Request]
+    finished: list[Outcome] = field(default_factory=list)
+    flying: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    saving: bool = False
+    unsaved_since: float = 0.0
+    dropped: bool = False
+    """Cancelled, expired or stopping: what is finished is saved, the rest is not run."""
+    lost: bool = False
+    """Somebody else holds the chunk: nothing of it is ours any more."""
+
+    @property
+    def waiting(self) -> int:
+        return 0 if self.dropped else len(self.todo)
+
+    @property
+    def all_run(self) -> bool:
+        return not self.flying and (self.dropped or not (self.todo or self.alone))
+
+    def record(self, outcome: Outcome) -> None:
+        if not self.finished:
+            self.unsaved_since = time.monotonic()
+        self.finished.append(outcome)
+
+    def take_finished(self, most: int) -> list[Outcome]:
+        taken, self.finished = self.finished[:most], self.finished[most:]
+        return taken
+
+    def drop(self, *, lost: bool = False) -> None:
+        """Run no more of it, and stop what is running."""
+        self.dropped = True
+        self.lost = self.lost or lost
+        for task in self.flying.values():
+            task.cancel()
+
+    def put_back(self, request: Request) -> None:
+        """Queue a request again that was in flight when the engine died."""
+        (self.alone if request.deaths >= ALONE_AFTER else self.todo).appendleft(request)
+
+
+def read(lease: Lease) -> Work:
+    """Fetch the chunk's lines, but for those that an earlier lease has saved.
+
+    Database and disk: not for the event loop's thread. Lines that have killed engines too often
+    become error lines here.
+    """
+    with storage.opened(lease.index_name) as stream:
+        entries = index.read(stream, lease.start, lease.end)
+    saved: set[int] = set()
+    deaths: dict[int, int] = {}
+    if lease.fencing_token > 1:  # not the first lease of this chunk
+        saved = leases.saved_lines(lease, [entry.line for entry in entries])
+        deaths = leases.suspects(lease.batch_id)
+    requests = _read_lines(lease, [entry for entry in entries if entry.line not in saved], deaths)
+    return _sorted_out(lease, requests)
+
+
+def _read_lines(
+    lease: Lease, entries: Sequence[index.Entry], deaths: dict[int, int]
+) -> list[Request]:
+    requests = []
+    with storage.opened(lease.input_name) as stream:
+        for entry in entries:
+            stream.seek(entry.offset)
+            text = stream.read(entry.length)
+            requests.append(Request(entry.line, text, deaths.get(entry.line, 0)))
+    return requests
+
+
+def _sorted_out(lease: Lease, requests: Sequence[Request]) -> Work:
+    # A chunk whose owners died again and again without saving anything holds a killer: all alone.
+    careful = lease.attempts >= ALONE_AFTER
+    work = Work(lease, deque(), deque())
+    for request in requests:
+        if request.deaths > GIVEN_UP_AFTER:
+            work.record(crashed(request))
+        elif careful or request.deaths >= ALONE_AFTER:
+            work.alone.append(request)
+        else:
+            work.todo.append(request)
+    return work
+
+
+def answered(request: Request, custom_id: str, answer: Answer) -> Outcome:
+    """The outcome of a request that the engine answered, be it with an error."""
+    payload = orjson.dumps(
+        {
+            "id": new_id("batch_req_"),
+            "custom_id": custom_id,
+            "response": {
+                "status_code": answer.status,
+                "request_id": new_id("req_"),
+                "body": orjson.Fragment(answer.body),
+            },
+            "error": None,
+        },
+        option=orjson.OPT_APPEND_NEWLINE,
+    )
+    usage = answer.usage
+    return Outcome(
+        request.line,
+        answer.ok,
+        payload,
+        usage.input,
+        usage.cached,
+        usage.output,
+        usage.reasoning,
+    )
+
+
+def failed(request: Request) -> Outcome:
+    """The outcome of a request on which our own code failed: told, not retried for ever."""
+    return _unanswered(request, "engine_error", "The engine failed on this request.")
+
+
+def crashed(request: Request) -> Outcome:
+    """The outcome of a request that kills engines."""
+    return _unanswered(
+        request,
+        "engine_crashed",
+        "The engine crashed whenever it ran this request, the last time alone.",
+    )
+
+
+def _unanswered(request: Request, code: str, message: str) -> Outcome:
+    line = {
+        "id": new_id("batch_req_"),
+        "custom_id": orjson.loads(request.text)["custom_id"],
+        "response": None,
+        "error": {"code": code, "message": message},
+    }
+    return Outcome(request.line, False, orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
