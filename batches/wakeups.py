@@ -30,7 +30,9 @@ def gpu_workers() -> None:
 def _send(task: str, *args: str) -> None:
     try:
         if task == "worker.tasks.wake":
-            current_app.send_task(task, exchange=_GPU, declare=[_GPU], expires=10, retry=False)
+            current_app.send_task(
+                task, exchange=_GPU, routing_key="gpu", declare=[_GPU], expires=10, retry=False
+            )
         else:
             current_app.send_task(task, args=args, queue="cpu", retry=False)
     except (OperationalError, OSError) as error:

@@ -19,9 +19,8 @@ app.config_from_object("django.conf:settings", namespace="CELERY")
 app.conf.task_queues = (
     Queue("cpu"),
     # A fanout: a chunk that becomes ready wakes every idle GPU worker, not just one.
-    Broadcast("gpu"),
+    Broadcast("gpu", routing_key="gpu"),
 )
-app.conf.task_routes = {"worker.tasks.wake": {"queue": "gpu", "exchange": "gpu"}}
 app.autodiscover_tasks()
 
 
