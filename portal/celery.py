@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from celery import Celery
-from celery.signals import setup_logging
+from celery.signals import setup_logging, task_prerun
 from kombu import Queue
 from kombu.common import Broadcast
 
@@ -27,3 +27,11 @@ app.autodiscover_tasks()
 @setup_logging.connect
 def keep_django_logging(**_: object) -> None:
     """Celery would otherwise replace the format that settings chose."""
+
+
+@task_prerun.connect
+def drop_broken_connections(**_: object) -> None:
+    """Celery keeps a connection for thousands of tasks, even one whose server has died."""
+    from django.db import close_old_connections
+
+    close_old_connections()

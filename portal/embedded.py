@@ -81,9 +81,7 @@ def kill_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def wait_until(
-    condition: Callable[[], bool], seconds: float, pause: float = 0.05
-) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float, pause: float = 0.05) -> bool:
     """Whether `condition` came true within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -158,20 +156,14 @@ def account_for(directory: Path) -> Account | None:
         with contextlib.suppress(KeyError):
             entry = pwd.getpwnam(name)
             return Account(entry.pw_uid, entry.pw_gid)
-    raise ServiceError(
-        "root may not run PostgreSQL, and there is no user postgres or nobody"
-    )
+    raise ServiceError("root may not run PostgreSQL, and there is no user postgres or nobody")
 
 
 def _keeping(capability: str) -> list[str]:
     # no_setuid_fixup: PostgreSQL looks at its own files with access(2), which would otherwise
     # ignore the capability of a user who is not root.
     kept = [f"--inh-caps=+{capability}", f"--ambient-caps=+{capability}"]
-    return [
-        *kept,
-        f"--bounding-set=-all,+{capability}",
-        "--securebits=+no_setuid_fixup",
-    ]
+    return [*kept, f"--bounding-set=-all,+{capability}", "--securebits=+no_setuid_fixup"]
 
 
 def privileges(account: Account | None, directory: Path, binary: Path) -> list[str]:
@@ -184,13 +176,7 @@ def privileges(account: Account | None, directory: Path, binary: Path) -> list[s
         return []
     for kept in ([], _keeping("dac_read_search"), _keeping("dac_override")):
         flags = [*account.flags, *kept]
-        probe = [
-            "/bin/sh",
-            "-c",
-            'cd "$0" && exec "$1" --version',
-            str(directory),
-            str(binary),
-        ]
+        probe = ["/bin/sh", "-c", 'cd "$0" && exec "$1" --version', str(directory), str(binary)]
         if _run(guarded(probe, privileges=flags)).returncode == 0:
             return flags
     raise ServiceError(f"user {account.uid} can reach neither {directory} nor {binary}")
@@ -201,18 +187,10 @@ def _run(argv: Sequence[str], text: str = "") -> subprocess.CompletedProcess[str
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     try:
         return subprocess.run(
-            argv,
-            input=text,
-            env=environment,
-            cwd="/",
-            capture_output=True,
-            text=True,
-            check=False,
+            argv, input=text, env=environment, cwd="/", capture_output=True, text=True, check=False
         )
     except FileNotFoundError as error:
-        raise ServiceError(
-            f"{argv[0]} is missing (Debian's package util-linux)"
-        ) from error
+        raise ServiceError(f"{argv[0]} is missing (Debian's package util-linux)") from error
 
 
 # --- Servers --------------------------------------------------------------------------------
@@ -222,9 +200,7 @@ def _package(name: str) -> Path:
     """Where a wheel lies; found, not imported, as its own start-up code is not wanted."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise ServiceError(
-            f"{name} is not installed: set DATABASE_URL and REDIS_URL, or use ./run"
-        )
+        raise ServiceError(f"{name} is not installed: set DATABASE_URL and REDIS_URL, or use ./run")
     return Path(spec.origin).parent
 
 
@@ -274,6 +250,7 @@ class Server(ABC):
     def answers(self) -> bool:
         """Whether it takes queries now."""
 
+    @abstractmethod
     def set_password(self) -> None:
         """Make the data take our password, should it keep an older one."""
 
@@ -357,11 +334,7 @@ class Postgres(Server):
             self._make_cluster()
         # Whoever wrote it is gone (see clear), but its number may be another process's by now.
         (self.directory / "postmaster.pid").unlink(missing_ok=True)
-        chosen = [
-            f"listen_addresses={HOST}",
-            f"port={self.port}",
-            "unix_socket_directories=",
-        ]
+        chosen = [f"listen_addresses={HOST}", f"port={self.port}", "unix_socket_directories="]
         options = [part for option in chosen for part in ("-c", option)]
         return [str(self.binary()), "-D", str(self.directory), *options]
 
@@ -371,11 +344,7 @@ class Postgres(Server):
             lines = (self.directory / "postmaster.pid").read_text().splitlines()
         except OSError:
             return False
-        ready = (
-            len(lines) > 7
-            and lines[7].strip() == "ready"
-            and lines[3] == str(self.port)
-        )
+        ready = len(lines) > 7 and lines[7].strip() == "ready" and lines[3] == str(self.port)
         return ready and Path("/proc", lines[0]).exists() and _listens(self.port)
 
     def set_password(self) -> None:
@@ -405,9 +374,7 @@ class Postgres(Server):
         flags = privileges(self.account, cluster, self.binary())
         done = _run(guarded(command, signal.SIGTERM, flags), text)
         if done.returncode:
-            raise ServiceError(
-                f"{Path(command[0]).name} failed: {done.stdout}{done.stderr}"
-            )
+            raise ServiceError(f"{Path(command[0]).name} failed: {done.stdout}{done.stderr}")
 
 
 # Written once, so that an operator may change them in postgresql.conf.
@@ -420,12 +387,7 @@ _POSTGRES_CONF = {
     "log_line_prefix": "%m [%p] %u ",
 }
 _INITDB = [
-    *(
-        "--username=portal",
-        "--auth=scram-sha-256",
-        "--encoding=UTF8",
-        "--no-instructions",
-    ),
+    *("--username=portal", "--auth=scram-sha-256", "--encoding=UTF8", "--no-instructions"),
     *("--locale-provider=builtin", "--locale=C.UTF-8"),
     *(f"--set={name}={value}" for name, value in _POSTGRES_CONF.items()),
 ]
@@ -451,6 +413,9 @@ class Valkey(Server):
         lines.append(f'dir "{self.directory}"')
         write_private(conf, "\n".join(lines) + "\n", self.account)
         return [str(self.binary()), str(conf)]
+
+    def set_password(self) -> None:
+        """The conf file of the next start does it."""
 
     def answers(self) -> bool:
         """By its password too, so that a stranger on the port is not taken for it."""
@@ -503,10 +468,15 @@ _KINDS: tuple[type[Server], ...] = (Postgres, Valkey)
 
 
 def given(variable: str) -> str:
-    """What the environment says of DATABASE_URL or REDIS_URL, as NAME or as NAME_FILE."""
+    """A setting that the environment holds, as NAME or as NAME_FILE; empty when it does not."""
     if path := os.environ.get(f"{variable}_FILE", ""):
         return os.environ.get(variable) or Path(path).read_text().strip()
     return os.environ.get(variable, "")
+
+
+def wanted() -> list[type[Server]]:
+    """The servers that the environment gives no URL of, so that they are run here."""
+    return [kind for kind in _KINDS if not given(kind.variable)]
 
 
 def _saved(data_dir: Path) -> dict[str, Any]:
@@ -530,12 +500,9 @@ def servers(data_dir: Path) -> list[Server]:
     Only for the owner of DATA_DIR's lock. What the environment gives a URL of is left out.
     """
     saved = _saved(data_dir)
-    wanted = [kind for kind in _KINDS if not given(kind.variable)]
     found: list[Server] = []
-    for kind in wanted:
-        server = _settled(
-            kind, data_dir, saved.get(kind.name, {}), [s.port for s in found]
-        )
+    for kind in wanted():
+        server = _settled(kind, data_dir, saved.get(kind.name, {}), [s.port for s in found])
         saved[kind.name] = {"port": server.port, "password": server.password}
         saved[kind.variable.lower()] = server.url
         found.append(server)
@@ -544,9 +511,7 @@ def servers(data_dir: Path) -> list[Server]:
     return found
 
 
-def _settled(
-    kind: type[Server], data_dir: Path, saved: dict[str, Any], used: list[int]
-) -> Server:
+def _settled(kind: type[Server], data_dir: Path, saved: dict[str, Any], used: list[int]) -> Server:
     password = saved.get("password") or secrets.token_urlsafe(24)
     server = kind(data_dir, saved.get("port") or free_port(used), password)
     server.clear()  # or our own last life would seem to have taken the port
@@ -569,9 +534,7 @@ def start(server: Server) -> subprocess.Popen[bytes]:
             raise
         stop(server, process)
         time.sleep(pause)
-    raise ServiceError(
-        f"{server.name} does not start; the end of {server.log}:\n{server.tail()}"
-    )
+    raise ServiceError(f"{server.name} does not start; the end of {server.log}:\n{server.tail()}")
 
 
 def _comes_up(server: Server, process: subprocess.Popen[bytes]) -> bool:
@@ -587,9 +550,12 @@ def stop(server: Server, process: subprocess.Popen[bytes]) -> None:
 def make_data_dir(data_dir: Path) -> Path:
     """Others may pass through it (PostgreSQL's user has to), not look around in it."""
     data_dir = data_dir.resolve()
-    if not data_dir.exists():
-        data_dir.mkdir(parents=True)
-        data_dir.chmod(0o711)
+    try:
+        if not data_dir.exists():
+            data_dir.mkdir(parents=True)
+            data_dir.chmod(0o711)
+    except OSError as error:
+        raise ServiceError(f"cannot make the folder {data_dir}: {error.strerror}") from error
     return data_dir
 
 
@@ -600,10 +566,8 @@ def own(data_dir: Path) -> IO[str] | None:
 
 def _other_owner_answers(data_dir: Path) -> bool:
     saved = _saved(data_dir)
-    wanted = [kind for kind in _KINDS if not given(kind.variable)]
     return all(
-        kind.name in saved and kind(data_dir, **saved[kind.name]).answers()
-        for kind in wanted
+        kind.name in saved and kind(data_dir, **saved[kind.name]).answers() for kind in wanted()
     )
 
 
@@ -622,7 +586,7 @@ def running(data_dir: Path) -> Iterator[Services]:
     """The two services, answering: those that run already, or ours until the block ends."""
     data_dir = make_data_dir(data_dir)
     with ExitStack() as stack:
-        if lock := _own_or_find(data_dir):
+        if wanted() and (lock := _own_or_find(data_dir)):
             stack.enter_context(lock)
             for server in servers(data_dir):
                 stack.callback(stop, server, start(server))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import http.client
 import itertools
 import json
 import os
@@ -14,9 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
+import psycopg
 import structlog
 
 from portal import embedded, logs
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between a death and the next start
 SETTLED = 30.0  # seconds of life after which a death counts as the first again
 LOCK_SECONDS = 30.0
+MEMORY = Path("/dev/shm")  # noqa: S108 a file system in memory, where Linux has one
 
 log = structlog.get_logger("portal.supervisor")
 
@@ -100,7 +102,7 @@ class Child:
         self.process = None
         return True
 
-    def signal(self) -> None:
+    def ask_to_stop(self) -> None:
         """Its own stop signal, to its main process only: an engine below must outlive the task."""
         if self.process and not self.ended():
             os.kill(self.process.pid, self.stop_signal)
@@ -112,10 +114,16 @@ class Supervisor:
 
     state: Path
     port: int
+    host: str = "127.0.0.1"
     layers: list[list[Child]] = field(default_factory=list)
     ready: bool = False
     signals: int = 0
     starting: bool = True
+
+    @property
+    def address(self) -> str:
+        anywhere = self.host == "0.0.0.0"  # noqa: S104 compared, not bound
+        return f"http://{'127.0.0.1' if anywhere else self.host}:{self.port}"
 
     def catch_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -138,16 +146,10 @@ class Supervisor:
 
     def write(self) -> None:
         """DATA_DIR/serve.json: who runs now, for tests and tools."""
-        alive = {
-            c.name: c.process.pid for layer in self.layers for c in layer if c.process
-        }
-        now = {
-            "port": self.port,
-            "pid": os.getpid(),
-            "ready": self.ready,
-            "children": alive,
-        }
-        embedded.write_private(self.state, json.dumps(now) + "\n")
+        alive = {c.name: c.process.pid for layer in self.layers for c in layer if c.process}
+        now = {"address": self.address, "port": self.port, "pid": os.getpid()}
+        text = json.dumps({**now, "ready": self.ready, "children": alive})
+        embedded.write_private(self.state, text + "\n")
 
     def watch(self, is_ready: Callable[[], bool] = lambda: True) -> None:
         """Tend everything until a signal comes."""
@@ -159,7 +161,7 @@ class Supervisor:
             if not self.ready and turn % 5 == 0 and is_ready():
                 self.ready = True
                 self.write()
-                log.info(f"ready at http://127.0.0.1:{self.port}")
+                log.info(f"ready at {self.address}")
             time.sleep(0.1)
 
     def stop(self) -> None:
@@ -171,7 +173,7 @@ class Supervisor:
     def _stop_layer(self, layer: list[Child]) -> None:
         began = time.monotonic()
         for child in layer:
-            child.signal()
+            child.ask_to_stop()
         while alive := [child for child in layer if not child.ended()]:
             for child in alive:
                 patience = child.forced_patience if self.signals > 1 else child.patience
@@ -188,11 +190,7 @@ class Supervisor:
 def spawn(argv: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """A child in its own process group, which ends when we do, whatever happens to us."""
     return subprocess.Popen(
-        embedded.guarded(argv),
-        env=environment,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        process_group=0,
+        embedded.guarded(argv), env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, process_group=0
     )
 
 
@@ -200,6 +198,8 @@ def environment(data_dir: Path, services: embedded.Services) -> dict[str, str]:
     """Ours, and what the services' start has decided."""
     found = {**os.environ, "DATA_DIR": str(data_dir), "PYTHONUNBUFFERED": "1"}
     found["DJANGO_SETTINGS_MODULE"] = "portal.settings"
+    # Celery warns root because of pickled messages; ours are JSON only.
+    found.setdefault("PYTHONWARNINGS", "ignore:You're running the worker with superuser")
     for variable, url in (
         ("DATABASE_URL", services.database_url),
         ("REDIS_URL", services.redis_url),
@@ -224,32 +224,13 @@ def service_child(server: embedded.Server) -> Child:
     )
 
 
-def children(
-    options: argparse.Namespace, variables: dict[str, str], data_dir: Path
-) -> list[Child]:
+def children(options: argparse.Namespace, variables: dict[str, str], data_dir: Path) -> list[Child]:
     """The project's own processes."""
+    schedule = str(data_dir / "celerybeat-schedule")
     commands = {
         "web": _web(options),
-        "cpu": [
-            *(
-                "celery",
-                "-A",
-                "portal",
-                "worker",
-                "-Q",
-                "cpu",
-                "-P",
-                "prefork",
-                "-n",
-                "cpu@%h",
-            ),
-            *("-c", str(options.cpu_workers), "--without-gossip", "--without-mingle"),
-            *("--loglevel", "INFO"),
-        ],
-        "beat": [
-            *("celery", "-A", "portal", "beat", "--pidfile="),
-            *("-s", str(data_dir / "celerybeat-schedule")),
-        ],
+        "cpu": _cpu_worker(options),
+        "beat": ["celery", "-q", "-A", "portal", "beat", "--pidfile=", "-s", schedule],
         **{f"gpu{index}": _gpu_worker(index) for index in range(options.gpu_workers)},
     }
     patience = {"web": 15.0, "beat": 10.0}
@@ -265,23 +246,20 @@ def children(
 
 def _web(options: argparse.Namespace) -> list[str]:
     # A thread of gthread answers its worker's heartbeat, so a long upload is no timeout.
-    command = [
-        *("gunicorn", "portal.wsgi:application", "-k", "gthread", "--threads", "8"),
-        *(
-            "--workers",
-            str(options.web_workers),
-            "--bind",
-            f"{options.host}:{options.port}",
-        ),
-        *("--timeout", "120", "--graceful-timeout", "10", "--keep-alive", "15"),
-        *("--log-level", "warning", "--no-control-socket"),
-    ]
+    command = (
+        "gunicorn portal.wsgi:application -k gthread --threads 8 --timeout 120"
+        " --graceful-timeout 10 --keep-alive 15 --log-level warning --no-control-socket"
+        f" --workers {options.web_workers} --bind {options.host}:{options.port}"
+    ).split()
     # The heartbeat is a file: on a disk that stalls, gunicorn would kill healthy workers.
+    return [*command, "--worker-tmp-dir", str(MEMORY)] if MEMORY.is_dir() else command
+
+
+def _cpu_worker(options: argparse.Namespace) -> list[str]:
     return (
-        [*command, "--worker-tmp-dir", "/dev/shm"]
-        if os.path.isdir("/dev/shm")
-        else command
-    )
+        "celery -q -A portal worker -Q cpu -P prefork -n cpu@%h --loglevel INFO"
+        f" --without-gossip --without-mingle -c {options.cpu_workers}"
+    ).split()
 
 
 def _gpu_worker(index: int) -> list[str]:
@@ -301,34 +279,49 @@ def migrate(variables: dict[str, str], data_dir: Path) -> None:
     """Bring the tables up to date; one process at a time."""
     with (data_dir / "migrate.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [
-            sys.executable,
-            str(ROOT / "manage.py"),
-            "migrate",
-            "--noinput",
-            "-v",
-            "0",
-        ]
-        done = subprocess.run(
-            embedded.guarded(command),
-            env=variables,
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        _migrate(variables)
+
+
+def migrate_if_new(variables: dict[str, str], data_dir: Path, database_url: str) -> None:
+    """Make the tables where there are none, and wait for another process that is making them."""
+    with (data_dir / "migrate.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not has_tables(database_url):
+            _migrate(variables)
+
+
+def _migrate(variables: dict[str, str]) -> None:
+    _quietly(variables, "migrate", "--noinput")
+
+
+def collect_static(variables: dict[str, str]) -> None:
+    """Production serves files under names with their hashes, which have to be made first."""
+    if variables.get("ENVIRONMENT") == "production":
+        _quietly(variables, "collectstatic", "--noinput")
+
+
+def _quietly(variables: dict[str, str], *arguments: str) -> None:
+    command = [sys.executable, str(ROOT / "manage.py"), *arguments, "-v", "0"]
+    done = subprocess.run(
+        embedded.guarded(command),
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
     if done.returncode:
-        raise ServiceError(f"migrate failed:\n{done.stdout}{done.stderr}".strip())
+        raise ServiceError(f"{arguments[0]} failed:\n{done.stdout}{done.stderr}".strip())
 
 
 def has_tables(database_url: str) -> bool:
     """Whether migrate has ever run there."""
-    import psycopg
-
-    with psycopg.connect(database_url, connect_timeout=10) as connection:
-        row = connection.execute(
-            "SELECT to_regclass('django_migrations') IS NOT NULL"
-        ).fetchone()
+    question = "SELECT to_regclass('django_migrations') IS NOT NULL"
+    try:
+        with psycopg.connect(database_url, connect_timeout=10) as connection:
+            row = connection.execute(question).fetchone()
+    except psycopg.OperationalError as error:
+        raise ServiceError(f"the database does not answer: {error}") from error
     return bool(row and row[0])
 
 
@@ -336,37 +329,36 @@ def has_tables(database_url: str) -> bool:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Run everything until a signal comes; 0 then, 1 when it could not be started."""
+    """Run everything until a signal comes; ServiceError when it cannot be started."""
     logs.configure("INFO")
     data_dir = embedded.make_data_dir(options.data_dir)
     options.port = options.port or embedded.free_port()
-    supervisor = Supervisor(data_dir / "serve.json", options.port)
+    supervisor = Supervisor(data_dir / "serve.json", options.port, options.host)
     supervisor.catch_signals()
-    try:
-        with ExitStack() as stack:
-            _claim(stack, data_dir, options)
-            stack.callback(supervisor.stop)
-            variables = _bring_up(supervisor, data_dir, options)
-            supervisor.watch(partial(is_ready, options.port, variables["BASE_URL"]))
-            log.info("stopping; once more to force it")
-    except Stopped:
-        pass
-    except ServiceError as error:
-        print(f"serve: {error}", file=sys.stderr)
-        return 1
+    with ExitStack() as stack, suppress(Stopped):
+        _claim_folder(stack, data_dir)
+        if not embedded.is_free(options.port, options.host):
+            raise ServiceError(f"port {options.port} is taken: choose another with --port")
+        if embedded.wanted():
+            _claim_services(stack, data_dir)
+        stack.callback(supervisor.stop)
+        variables = _bring_up(supervisor, data_dir, options)
+        supervisor.watch(partial(is_ready, supervisor.address, variables["BASE_URL"]))
+        log.info("stopping; once more to force it")
     log.info("stopped")
     return 0
 
 
-def _claim(stack: ExitStack, data_dir: Path, options: argparse.Namespace) -> None:
-    """The right to this folder, its services and the port; ServiceError when somebody has it."""
+def _claim_folder(stack: ExitStack, data_dir: Path) -> None:
     if (lock := embedded.take_lock(data_dir / "serve.lock")) is None:
         pid = embedded.read_json(data_dir / "serve.json").get("pid", "unknown")
         raise ServiceError(f"another serve (pid {pid}) already runs on {data_dir}")
     stack.enter_context(lock)
-    if not embedded.is_free(options.port, options.host):
-        raise ServiceError(f"port {options.port} is taken: choose another with --port")
-    deadline = time.monotonic() + LOCK_SECONDS  # a short command may be running
+
+
+def _claim_services(stack: ExitStack, data_dir: Path) -> None:
+    """Wait for a short command that may be running with services of its own."""
+    deadline = time.monotonic() + LOCK_SECONDS
     while (lock := embedded.own(data_dir)) is None:
         if time.monotonic() > deadline:
             raise ServiceError(f"another command still uses the services of {data_dir}")
@@ -384,24 +376,26 @@ def _bring_up(
     services = embedded.urls(data_dir)
     assert services is not None
     variables = environment(data_dir, services)
-    variables.setdefault("BASE_URL", f"http://127.0.0.1:{options.port}")
+    variables["BASE_URL"] = embedded.given("BASE_URL") or supervisor.address
     log.info("bringing the database's tables up to date")
     migrate(variables, data_dir)
+    collect_static(variables)
     supervisor.starting = False
     supervisor.keep(children(options, variables, data_dir))
     return variables
 
 
-def is_ready(port: int, base_url: str) -> bool:
-    """Whether GET /readyz says 200; asked by the name under which the portal is reached."""
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/readyz", headers={"Host": urlsplit(base_url).netloc}
-    )
+def is_ready(address: str, base_url: str) -> bool:
+    """Whether GET /readyz says 200; asked by the one name that production answers to."""
+    target, name = urlsplit(address), urlsplit(base_url).netloc
+    link = http.client.HTTPConnection(target.netloc, timeout=2)
     try:
-        with urllib.request.urlopen(request, timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (OSError, ValueError):
+        link.request("GET", "/readyz", headers={"Host": name})
+        return link.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
         return False
+    finally:
+        link.close()
 
 
 def wait_ready(data_dir: Path, timeout: float = 180.0) -> str:
@@ -413,23 +407,17 @@ def wait_ready(data_dir: Path, timeout: float = 180.0) -> str:
         return bool(found.get("ready")) and Path(f"/proc/{found['pid']}").exists()
 
     if not embedded.wait_until(ready, timeout, pause=0.2):
-        raise TimeoutError(
-            f"nothing that serves {data_dir} became ready within {timeout:g} s"
-        )
-    return f"http://127.0.0.1:{found['port']}"
+        raise TimeoutError(f"nothing that serves {data_dir} became ready within {timeout:g} s")
+    return str(found["address"])
 
 
 def manage(data_dir: Path, arguments: list[str]) -> int:
     """Run manage.py beside the services, which are started for it where none run yet."""
-    try:
-        with embedded.running(data_dir) as services:
-            variables = environment(data_dir.resolve(), services)
-            if arguments[:1] != ["migrate"] and not has_tables(services.database_url):
-                migrate(variables, data_dir)
-            return _run_manage(arguments, {"LOG_STREAM": "stderr", **variables})
-    except ServiceError as error:
-        print(f"manage: {error}", file=sys.stderr)
-        return 1
+    with embedded.running(data_dir) as services:
+        variables = environment(data_dir.resolve(), services)
+        if arguments[:1] != ["migrate"]:
+            migrate_if_new(variables, data_dir, services.database_url)
+        return _run_manage(arguments, {"LOG_STREAM": "stderr", **variables})
 
 
 def _run_manage(arguments: list[str], variables: dict[str, str]) -> int:
@@ -445,9 +433,7 @@ def _run_manage(arguments: list[str], variables: dict[str, str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run")
     commands = parser.add_subparsers(dest="command", required=True)
-    serve_ = commands.add_parser(
-        "serve", help="run the portal and its workers on this host"
-    )
+    serve_ = commands.add_parser("serve", help="run the portal and its workers on this host")
     serve_.add_argument("--host", default="127.0.0.1")
     serve_.add_argument("--port", type=int, default=8000, help="0: any free one")
     serve_.add_argument("--data-dir", type=Path, default=default_data_dir())
@@ -463,9 +449,13 @@ def default_data_dir() -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["manage"]:  # whose own --help and options are not ours to read
-        return manage(default_data_dir(), arguments[1:])
-    return serve(_parser().parse_args(arguments))
+    try:
+        if arguments[:1] == ["manage"]:  # whose own --help and options are not ours to read
+            return manage(default_data_dir(), arguments[1:])
+        return serve(_parser().parse_args(arguments))
+    except ServiceError as error:
+        print(f"{arguments[0]}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Label Studio, review pages and gold data; nothing lives here yet."""
