@@ -38,12 +38,13 @@ class Caller:
                 raise Forbidden(
                     f"This API key lacks the scope {needed!r}.", code="insufficient_scope"
                 )
-        elif self.membership is not None and not needed.endswith(".read"):
-            if self.membership.role not in WRITERS:
-                raise Forbidden(
-                    f"Your role ({self.membership.role}) may look but not change this.",
-                    code="insufficient_role",
-                )
+        elif self.membership is None:
+            raise Forbidden("You are not a member of this organization.", code="not_a_member")
+        elif not needed.endswith(".read") and self.membership.role not in WRITERS:
+            raise Forbidden(
+                f"Your role ({self.membership.role}) may look but not change this.",
+                code="insufficient_role",
+            )
 
     @contextmanager
     def scope(self) -> Iterator[None]:

@@ -34,6 +34,8 @@ def parse(text: str) -> KeyText | None:
     parts = head.split("-")
     if len(parts) != 4 or parts[:2] != ["sk", "vbp"] or not text.isascii():
         return None
+    if not (parts[2] + parts[3]).isalnum():
+        return None
     if len(parts[2]) != _PREFIX or len(parts[3]) != _SECRET or checksum != _checksum(head):
         return None
     return KeyText(parts[2], parts[3])

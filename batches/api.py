@@ -12,11 +12,12 @@ from django.http import HttpRequest, HttpResponseBase
 from ninja import Field, File, Form, Query, Router, Schema
 from ninja.decorators import decorate_view
 from ninja.files import UploadedFile
+from ninja.operation import Operation
 
 from accounts import access
 from accounts.access import Caller
 from accounts.authentication import caller_of
-from accounts.errors import BadRequest
+from accounts.errors import ApiError, BadRequest
 from batches import downloads, idempotency, multipart
 from batches import models as rows
 from batches.schemas import (
@@ -45,13 +46,18 @@ _FORM_BYTES = 64 * 1024
 
 
 def at_most(limit: int) -> Callable[..., Any]:
-    """Refuse larger bodies before anything of them is read."""
+    """Refuse larger bodies before anything of them is read; for `decorate_view` alone."""
 
-    def decorate(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpResponseBase]:
-        @wraps(view)
+    def decorate(run: Callable[..., HttpResponseBase]) -> Callable[..., HttpResponseBase]:
+        operation: Operation = run.__self__  # type: ignore[attr-defined]
+
+        @wraps(run)
         def checked(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
-            multipart.require_length(request, limit + _FORM_BYTES)
-            return view(request, *args, **kwargs)
+            try:
+                multipart.require_length(request, limit + _FORM_BYTES)
+            except ApiError as error:  # nobody above an operation turns errors into answers
+                return operation.api.on_exception(request, error)
+            return run(request, *args, **kwargs)
 
         return checked
 
@@ -66,15 +72,28 @@ class FileForm(Schema):
     expires_after_seconds: int | None = Field(None, alias="expires_after[seconds]")
 
 
+def _check_anchor(form: FileForm) -> None:
+    anchor, seconds = form.expires_after_anchor, form.expires_after_seconds
+    if anchor not in (None, "created_at"):
+        raise BadRequest("The anchor must be 'created_at'.", param="expires_after[anchor]")
+    if (anchor is None) != (seconds is None):
+        missing = "anchor" if anchor is None else "seconds"
+        raise BadRequest(
+            f"expires_after[{missing}] is missing.",
+            param=f"expires_after[{missing}]",
+            code="missing_required_parameter",
+        )
+
+
 @files_router.post("/files", response=FileOut, summary="Upload a file")
 @decorate_view(at_most(settings.MAX_FILE_BYTES))
 def create_file(
     request: HttpRequest, form: Form[FileForm], file: File[UploadedFile]
-) -> FileOut | HttpResponseBase:
+) -> FileOut | dict[str, Any]:
     caller = caller_of(request, "files")
     multipart.require_whole(request)
-    if form.expires_after_anchor not in (None, "created_at"):
-        raise BadRequest("The anchor must be 'created_at'.", param="expires_after[anchor]")
+    multipart.require_single(request)
+    _check_anchor(form)
 
     def create() -> FileOut:
         return FileOut.of(
@@ -95,7 +114,7 @@ class FilePage(Schema):
     purpose: str | None = None
     limit: int = Field(10_000, ge=1, le=10_000)
     order: Annotated[str, Field(pattern="^(asc|desc)$")] = "desc"
-    after: str | None = None
+    after: Annotated[str | None, Field(pattern=r"^(file-[0-9a-f]{32})?$")] = None
 
 
 @files_router.get("/files", response=FileList, summary="List files")
@@ -138,7 +157,7 @@ def file_content(request: HttpRequest, file_id: str) -> HttpResponseBase:
 
 
 @uploads_router.post("/uploads", response=UploadOut, summary="Begin an upload in parts")
-def create_upload(request: HttpRequest, given: UploadIn) -> UploadOut | HttpResponseBase:
+def create_upload(request: HttpRequest, given: UploadIn) -> UploadOut | dict[str, Any]:
     caller = caller_of(request, "files")
 
     def create() -> UploadOut:
@@ -158,33 +177,50 @@ def create_upload(request: HttpRequest, given: UploadIn) -> UploadOut | HttpResp
 
 @uploads_router.post("/uploads/{upload_id}/parts", response=PartOut, summary="Add a part")
 @decorate_view(at_most(uploads.MAX_PART_BYTES))
-def add_part(request: HttpRequest, upload_id: str, data: File[UploadedFile]) -> PartOut:
+def add_part(
+    request: HttpRequest, upload_id: str, data: File[UploadedFile]
+) -> PartOut | dict[str, Any]:
     caller = caller_of(request, "files")
-    multipart.require_whole(request)
-    upload = access.get(caller, rows.Upload, upload_id, param="upload_id")
-    return PartOut.of(uploads.add_part(actor=caller, upload=upload, content=data))
+    multipart.require_whole(request, param="data")
+    multipart.require_single(request)
+    upload = _upload(caller, upload_id)
+
+    def add() -> PartOut:
+        return PartOut.of(uploads.add_part(actor=caller, upload=upload, content=data))
+
+    return idempotency.once(request, caller, add, content=data)
 
 
 @uploads_router.post("/uploads/{upload_id}/complete", response=UploadOut, summary="Complete")
-def complete_upload(request: HttpRequest, upload_id: str, given: CompleteUploadIn) -> UploadOut:
+def complete_upload(
+    request: HttpRequest, upload_id: str, given: CompleteUploadIn
+) -> UploadOut | dict[str, Any]:
     caller = caller_of(request, "files")
-    upload = access.get(caller, rows.Upload, upload_id, param="upload_id")
-    return UploadOut.of(
-        uploads.complete_upload(
-            actor=caller, upload=upload, part_ids=given.part_ids, md5=given.md5
+    upload = _upload(caller, upload_id)
+
+    def complete() -> UploadOut:
+        return UploadOut.of(
+            uploads.complete_upload(
+                actor=caller, upload=upload, part_ids=given.part_ids, md5=given.md5
+            )
         )
-    )
+
+    return idempotency.once(request, caller, complete, said=given.model_dump())
 
 
 @uploads_router.post("/uploads/{upload_id}/cancel", response=UploadOut, summary="Cancel an upload")
-def cancel_upload(request: HttpRequest, upload_id: str) -> UploadOut:
+def cancel_upload(request: HttpRequest, upload_id: str) -> UploadOut | dict[str, Any]:
     caller = caller_of(request, "files")
-    upload = access.get(caller, rows.Upload, upload_id, param="upload_id")
-    return UploadOut.of(uploads.cancel_upload(actor=caller, upload=upload))
+    upload = _upload(caller, upload_id)
+
+    def cancel() -> UploadOut:
+        return UploadOut.of(uploads.cancel_upload(actor=caller, upload=upload))
+
+    return idempotency.once(request, caller, cancel)
 
 
 @batches_router.post("/batches", response=BatchOut, summary="Create a batch")
-def create_batch(request: HttpRequest, given: BatchIn) -> BatchOut | HttpResponseBase:
+def create_batch(request: HttpRequest, given: BatchIn) -> BatchOut | dict[str, Any]:
     caller = caller_of(request, "batches")
     expires = given.output_expires_after
 
@@ -206,7 +242,7 @@ def create_batch(request: HttpRequest, given: BatchIn) -> BatchOut | HttpRespons
 
 class BatchPage(Schema):
     limit: int = Field(20, ge=1, le=100)
-    after: str | None = None
+    after: Annotated[str | None, Field(pattern=r"^(batch_[0-9a-f]{32})?$")] = None
 
 
 @batches_router.get("/batches", response=BatchList, summary="List batches")
@@ -224,13 +260,22 @@ def retrieve_batch(request: HttpRequest, batch_id: str) -> BatchOut:
 
 
 @batches_router.post("/batches/{batch_id}/cancel", response=BatchOut, summary="Cancel a batch")
-def cancel_batch(request: HttpRequest, batch_id: str) -> BatchOut:
+def cancel_batch(request: HttpRequest, batch_id: str) -> BatchOut | dict[str, Any]:
     caller = caller_of(request, "batches")
-    return BatchOut.of(batches.cancel_batch(actor=caller, batch=_batch(caller, batch_id)))
+    batch = _batch(caller, batch_id)
+
+    def cancel() -> BatchOut:
+        return BatchOut.of(batches.cancel_batch(actor=caller, batch=batch))
+
+    return idempotency.once(request, caller, cancel)
 
 
 def _file(caller: Caller, file_id: str) -> rows.File:
     return access.get(caller, rows.File, file_id, param="file_id", deleted_at=None)
+
+
+def _upload(caller: Caller, upload_id: str) -> rows.Upload:
+    return access.get(caller, rows.Upload, upload_id, param="upload_id")
 
 
 def _batch(caller: Caller, batch_id: str) -> rows.Batch:
@@ -242,7 +287,7 @@ def _page(
 ) -> tuple[list[M], bool]:
     """One page by key, and whether there are more; ids sort by time, so `after` need not exist."""
     if after:
-        mine = mine.filter(**{"pk__lt" if descending else "pk__gt": after.replace("\0", "")})
+        mine = mine.filter(**{"pk__lt" if descending else "pk__gt": after})
     found = list(mine.order_by("-pk" if descending else "pk")[: limit + 1])
     return found[:limit], len(found) > limit
 

@@ -12,20 +12,24 @@ from accounts.errors import ApiError, NotFound
 from batches import storage
 from batches.models import File
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 class RangeNotSatisfiable(ApiError):
     status = 416
 
+    def __init__(self, size: int) -> None:
+        super().__init__(f"The file has {size:,} bytes.", code="range_not_satisfiable")
+        self.headers = {"Content-Range": f"bytes */{size}"}
+
 
 def serve_file(request: HttpRequest, file: File) -> HttpResponseBase:
     """The file as an attachment; honours a single byte range (RFC 9110, section 14)."""
+    span = _span(request.headers.get("Range", ""), file.bytes)
     try:
         stream = storage.opened(file.storage_name)
     except FileNotFoundError:
         raise NotFound("The file's content is gone.", param="file_id", code="not_found") from None
-    span = _span(request.headers.get("Range", ""), file.bytes)
     if span is None:
         response: HttpResponse | FileResponse = FileResponse(
             stream, as_attachment=True, filename=file.filename
@@ -48,7 +52,7 @@ def _span(header: str, size: int) -> tuple[int, int] | None:
     else:
         first, last = max(size - int(found[2]), 0), size - 1
     if first > last:
-        raise RangeNotSatisfiable(f"The file has {size:,} bytes.", code="range_not_satisfiable")
+        raise RangeNotSatisfiable(size)
     return first, last
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import orjson
 from django.core.files.uploadedfile import UploadedFile
 from django.db import transaction
 from django.http import HttpRequest
@@ -24,7 +24,7 @@ def once(
     caller: Caller,
     create: Callable[[], S],
     *,
-    said: Any,
+    said: Any = None,
     content: UploadedFile | None = None,
 ) -> S | dict[str, Any]:
     """Call `create`, or repeat what it answered when this key came before.
@@ -61,7 +61,7 @@ def _repeat(row: IdempotencyKey, fingerprint: str) -> dict[str, Any]:
 
 
 def _fingerprint(path: str, said: Any, content: UploadedFile | None) -> str:
-    digest = hashlib.sha256(path.encode() + orjson.dumps(said, option=orjson.OPT_SORT_KEYS))
+    digest = hashlib.sha256(f"{path}\n{json.dumps(said, sort_keys=True)}".encode())
     if content is not None:
         for block in content.chunks():
             digest.update(block)

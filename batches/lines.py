@@ -17,7 +17,7 @@ import orjson
 
 BOM = b"\xef\xbb\xbf"
 MAX_CUSTOM_ID = 512
-MAX_EMBEDDING_INPUTS = 50_000
+MAX_EMBEDDING_INPUTS, MAX_INPUTS_A_REQUEST = 50_000, 2_048
 DEFAULT_OUTPUT_TOKENS = 256
 BYTES_A_TOKEN = 4
 """A rule of thumb for English text; only estimates rest on it."""
@@ -74,9 +74,8 @@ def read_lines(stream: IO[bytes], max_line: int) -> Iterator[RawLine]:
             continue
         if number == 1 and piece.startswith(BOM):
             piece, start = piece[len(BOM) :], start + len(BOM)
-        if text := piece.rstrip(b"\r\n"):
-            if not text.isspace():
-                yield RawLine(number, start, text)
+        if (text := piece.rstrip(b"\r\n")) and not text.isspace():
+            yield RawLine(number, start, text)
 
 
 class LineChecker:
@@ -96,7 +95,9 @@ class LineChecker:
         self._check_model(body)
         if custom_id in self._custom_ids:
             raise BadLine(
-                "duplicate_custom_id", f"The custom_id {show(custom_id)} was used before.", "custom_id"
+                "duplicate_custom_id",
+                f"The custom_id {show(custom_id)} was used before.",
+                "custom_id",
             )
         self._custom_ids.add(custom_id)
         self._count_inputs(body)
@@ -148,7 +149,14 @@ class LineChecker:
             return
         given = body.get("input")
         many = isinstance(given, list) and given and not isinstance(given[0], int)
-        self.inputs += len(given) if many and isinstance(given, list) else 1
+        count = len(given) if many and isinstance(given, list) else 1
+        if count > MAX_INPUTS_A_REQUEST:
+            raise BadLine(
+                "too_many_inputs",
+                f"A request may embed {MAX_INPUTS_A_REQUEST:,} inputs.",
+                "body.input",
+            )
+        self.inputs += count
         if self.inputs > MAX_EMBEDDING_INPUTS:
             raise BadLine(
                 "too_many_inputs",
@@ -164,9 +172,12 @@ def _parse(text: bytes) -> dict[str, Any]:
         raise BadLine("invalid_json_line", _why_not_json(text, error)) from None
     if not isinstance(request, dict):
         raise BadLine("invalid_json_line", "The line is JSON, but not a JSON object.")
-    # A key given twice leaves one fewer in what was read; only then is the slow look needed.
-    if len(_KEY.findall(text)) != len(_KEY.findall(orjson.dumps(request))):
-        _refuse_duplicate_keys(text)
+    try:
+        # A key given twice leaves one fewer in what was read; only then is the slow look needed.
+        if len(_KEY.findall(text)) != len(_KEY.findall(orjson.dumps(request))):
+            _refuse_duplicate_keys(text)
+    except (orjson.JSONEncodeError, RecursionError):  # it can be read, but not written again
+        raise BadLine("invalid_json_line", "The line is nested too deeply.") from None
     return request
 
 
@@ -180,19 +191,18 @@ def _why_not_json(text: bytes, error: orjson.JSONDecodeError) -> str:
 
 def _refuse_duplicate_keys(text: bytes) -> None:
     def pairs(items: list[tuple[str, Any]]) -> None:
-        names = [name for name, _ in items]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise BadLine("invalid_json_line", f"The key {show(twice)} is given twice.")
+        seen: set[str] = set()
+        for name, _ in items:
+            if name in seen:
+                raise BadLine("invalid_json_line", f"The key {show(name)} is given twice.")
+            seen.add(name)
 
     json.loads(text, object_pairs_hook=pairs)
 
 
 def _required(holder: dict[str, Any], name: str, param: str | None = None) -> Any:
     if holder.get(name) is None:
-        raise BadLine(
-            "missing_required_parameter", f"{param or name} is missing.", param or name
-        )
+        raise BadLine("missing_required_parameter", f"{param or name} is missing.", param or name)
     return holder[name]
 
 

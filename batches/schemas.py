@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from ninja import Field, Schema
 from pydantic import ConfigDict, StrictInt, StrictStr
 
 from batches.models import Batch, File, Upload, UploadPart
-from batches.models.batches import Priority
+from batches.models.batches import Priority, Status
+from batches.models.files import UploadStatus
+
+PriorityName = Literal["low", "normal", "high"]
+_PRIORITIES: dict[int, PriorityName] = {
+    Priority.LOW: "low",
+    Priority.NORMAL: "normal",
+    Priority.HIGH: "high",
+}
 
 
 def epoch(moment: datetime | None) -> int | None:
@@ -75,7 +83,7 @@ class UploadOut(Schema):
     expires_at: int
     filename: str
     purpose: str
-    status: Literal["pending", "completed", "cancelled", "expired"]
+    status: UploadStatus
     file: FileOut | None
 
     @classmethod
@@ -87,7 +95,7 @@ class UploadOut(Schema):
             expires_at=int(upload.expires_at.timestamp()),
             filename=upload.filename,
             purpose=upload.purpose,
-            status=upload.status,
+            status=UploadStatus(upload.status),
             file=FileOut.of(upload.file) if upload.file else None,
         )
 
@@ -117,7 +125,7 @@ class BatchIn(Schema):
     input_file_id: StrictStr
     endpoint: StrictStr
     completion_window: StrictStr
-    metadata: dict[str, Any] | None = None
+    metadata: dict[StrictStr, StrictStr] | None = None
     output_expires_after: ExpiresAfter | None = None
     priority: Annotated[
         Literal["low", "normal", "high"], Field(description="Ours, not OpenAI's.")
@@ -176,16 +184,7 @@ class BatchOut(Schema):
     errors: BatchErrors | None
     input_file_id: str
     completion_window: str
-    status: Literal[
-        "validating",
-        "failed",
-        "in_progress",
-        "finalizing",
-        "completed",
-        "expired",
-        "cancelling",
-        "cancelled",
-    ]
+    status: Status
     output_file_id: str | None
     error_file_id: str | None
     created_at: int
@@ -200,7 +199,7 @@ class BatchOut(Schema):
     request_counts: RequestCounts
     usage: BatchUsage
     metadata: dict[str, str] | None
-    priority: Literal["low", "normal", "high"]
+    priority: PriorityName
 
     @classmethod
     def of(cls, batch: Batch) -> BatchOut:
@@ -217,7 +216,7 @@ class BatchOut(Schema):
             errors=BatchErrors(data=batch.errors) if batch.errors else None,
             input_file_id=batch.input_file_id,
             completion_window=batch.completion_window,
-            status=batch.status,
+            status=Status(batch.status),
             output_file_id=batch.output_file_id,
             error_file_id=batch.error_file_id,
             created_at=int(batch.created_at.timestamp()),
@@ -227,8 +226,8 @@ class BatchOut(Schema):
             ),
             usage=BatchUsage.of(batch),
             metadata=batch.metadata,
-            priority=Priority(batch.priority).name.lower(),
-            **times,
+            priority=_PRIORITIES[batch.priority],
+            **times,  # type: ignore[arg-type]
         )
 
 

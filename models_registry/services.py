@@ -86,4 +86,6 @@ def note_speed(name: str, tokens_per_second: float) -> None:
     """Remember how fast the model was of late; half of the old figure, half of the new one."""
     model = Model.objects.filter(name=name)
     for known in model.values_list("tokens_per_second", flat=True):
-        model.update(tokens_per_second=(known + tokens_per_second) / 2 if known else tokens_per_second)
+        model.update(
+            tokens_per_second=(known + tokens_per_second) / 2 if known else tokens_per_second
+        )

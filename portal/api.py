@@ -12,16 +12,22 @@ from django.http import Http404, HttpRequest, HttpResponse, UnreadablePostError
 from django.http.multipartparser import MultiPartParserError
 from ninja import NinjaAPI
 from ninja.errors import HttpError, ValidationError
+from ninja.openapi.schema import REF_TEMPLATE, OpenAPISchema
 from ninja.parser import Parser
 from ninja.renderers import BaseRenderer
 
 from accounts.authentication import KeyAuthentication
-from accounts.errors import ApiError
+from accounts.errors import ApiError, BadRequest
+from batches import multipart
 from batches.api import batches_router, files_router, uploads_router
+from batches.schemas import ErrorOut
 from models_registry.api import router as models_router
 from portal.errors import envelope
 
 logger = structlog.get_logger(__name__)
+
+
+_NO_OBJECT = "The body must be a JSON object."
 
 
 class JSONParser(Parser):
@@ -29,9 +35,13 @@ class JSONParser(Parser):
 
     def parse_body(self, request: HttpRequest) -> Any:
         try:
-            return orjson.loads(request.body)
+            body = orjson.loads(request.body)
         except orjson.JSONDecodeError as error:
-            raise HttpError(400, f"The body is not valid JSON: {error}") from None
+            said = f"The body is not valid JSON: {error}"
+            raise BadRequest(said, code="invalid_json") from None
+        if not isinstance(body, dict):
+            raise BadRequest(_NO_OBJECT, code="invalid_json")
+        return body
 
 
 class JSONRenderer(BaseRenderer):
@@ -41,7 +51,24 @@ class JSONRenderer(BaseRenderer):
         return orjson.dumps(data)
 
 
-api = NinjaAPI(
+class PortalAPI(NinjaAPI):
+    """Adds to every operation of the OpenAPI document that its errors come in the envelope."""
+
+    def get_openapi_schema(self, **options: Any) -> OpenAPISchema:
+        document = super().get_openapi_schema(**options)
+        schema = ErrorOut.model_json_schema(ref_template=REF_TEMPLATE)
+        document.add_schema_definitions({**schema.pop("$defs"), "Error": schema})
+        error = {"schema": {"$ref": REF_TEMPLATE.format(model="Error")}}
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"]["default"] = {
+                    "description": "An error; its status says of which kind.",
+                    "content": {"application/json": error},
+                }
+        return document
+
+
+api = PortalAPI(
     title="vLLM Batch Portal",
     version="1.0.0",
     description="OpenAI's Files, Uploads, Batches and Models, answered on your own GPUs.",
@@ -60,21 +87,33 @@ api.add_router("", models_router)
 
 @api.exception_handler(ApiError)
 def api_error(request: HttpRequest, error: ApiError) -> HttpResponse:
-    return envelope(error.status, error.message, param=error.param, code=error.code)
+    answer = envelope(error.status, error.message, param=error.param, code=error.code)
+    for name, value in error.headers.items():
+        answer[name] = value
+    return answer
 
 
 @api.exception_handler(ValidationError)
 def invalid(request: HttpRequest, error: ValidationError) -> HttpResponse:
     """Say the first field that is wrong; its name without the part of the request it is in."""
     first = error.errors[0]
-    where = [str(part) for part in first["loc"]]
-    param = ".".join(where[2:] if len(where) > 2 else where[1:]) or where[0]
+    part, *where = (str(step) for step in first["loc"])
+    if part == "body":
+        where = where[1:]  # without the name of our own function's argument
+    param = ".".join(where)[:100] or None
+    try:  # of a form that was cut off, what is missing is not what is wrong
+        multipart.require_whole(request, param=param)
+    except ApiError as cut_off:
+        return api_error(request, cut_off)
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-    return envelope(400, f"{param}: {first['msg']}", param=param, code=code)
+    said = f"{param}: {first['msg']}" if param else _NO_OBJECT
+    return envelope(400, said, param=param, code=code)
 
 
 @api.exception_handler(HttpError)
 def http_error(request: HttpRequest, error: HttpError) -> HttpResponse:
+    if isinstance(error.__cause__, ApiError):  # our parser's, which Ninja wraps
+        return api_error(request, error.__cause__)
     return envelope(error.status_code, error.message)
 
 
@@ -89,6 +128,7 @@ def unexpected(request: HttpRequest, error: Exception) -> HttpResponse:
     if isinstance(error, RequestDataTooBig):
         return envelope(413, "The request body is too large for this path.", code="body_too_large")
     if isinstance(error, MultiPartParserError | UnreadablePostError | TooManyFilesSent):
+        multipart.drop_file(request)
         return envelope(400, f"The form could not be read: {error}", code="invalid_multipart")
     if isinstance(error, SuspiciousOperation):
         return envelope(400, "The request could not be read.", code="invalid_request")

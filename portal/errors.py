@@ -17,7 +17,10 @@ def envelope(
     """An error response; all four keys are always there."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    response = HttpResponse(orjson.dumps(body), status=status, content_type="application/json")
+    content = orjson.dumps(body)
+    response = HttpResponse(content, status=status, content_type="application/json")
+    # Some errors are made outside of the middleware that would set it.
+    response["Content-Length"] = str(len(content))
     if status == 503:
         response["Retry-After"] = "2"
     return response

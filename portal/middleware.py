@@ -59,6 +59,11 @@ def api_errors(get_response: GetResponse) -> GetResponse:
     """Put any error under /v1 that did not come from an operation (404, 405 …) into the envelope."""
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
+        if _is_unmeasured(request):
+            said = "Send the body with a Content-Length: chunks of unknown number are not read."
+            return envelope(411, said, code="length_required")
+        if request.path.startswith("/v1"):
+            request.encoding = "utf-8"  # whatever charset was named: nothing else is spoken here
         response = get_response(request)
         if not request.path.startswith("/v1") or response.status_code < 400:
             return response
@@ -67,6 +72,12 @@ def api_errors(get_response: GetResponse) -> GetResponse:
         return _enveloped(request, response)
 
     return middleware
+
+
+def _is_unmeasured(request: HttpRequest) -> bool:
+    """Whether it is an API request with a body that Django, by WSGI's rules, would not see."""
+    chunked = "Transfer-Encoding" in request.headers and not request.META.get("CONTENT_LENGTH")
+    return chunked and request.path.startswith("/v1")
 
 
 def _enveloped(request: HttpRequest, response: HttpResponseBase) -> HttpResponse:

@@ -41,7 +41,7 @@ class Command(BaseCommand):
                 task=options["task"],
                 engine=options["engine"],
                 base_url=options["base_url"],
-                secret=os.environ.get(options["secret_env"], "") if options["secret_env"] else "",
+                secret=_secret(options["secret_env"]),
                 engine_args=dict(_pair(text) for text in options["engine_args"]),
                 organizations=[_organization(slug) for slug in options["slugs"]],
             )
@@ -59,6 +59,12 @@ def _pair(text: str) -> tuple[str, Any]:
         return key, orjson.loads(value)
     except orjson.JSONDecodeError:
         return key, value
+
+
+def _secret(variable: str) -> str:
+    if variable and not os.environ.get(variable):
+        raise CommandError(f"The environment has no variable {variable}.")
+    return os.environ[variable] if variable else ""
 
 
 def _organization(slug: str) -> Organization:
