@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from django.db.models import Exists, OuterRef, Q, QuerySet
 
 from batches.models import Batch, Chunk, File
@@ -16,10 +18,14 @@ def files_to_purge() -> QuerySet[File]:
     return gone.filter(~Exists(reading)).order_by("deleted_at")
 
 
-def candidates() -> list[Candidate]:
-    """One entry for each batch that has a chunk to lease, across tenants."""
+def candidates(avoid: Sequence[str] = ()) -> list[Candidate]:
+    """One entry for each batch that has a chunk to lease, across tenants.
+
+    `avoid` names models and batches to leave out.
+    """
     ready = Chunk.objects.filter(batch=OuterRef("pk"), state=ChunkState.READY)
     rows = Batch.objects.filter(Exists(ready), status=Status.IN_PROGRESS, model__isnull=False)
+    rows = rows.exclude(Q(model__name__in=avoid) | Q(pk__in=avoid))
     fields = rows.values_list("pk", "organization_id", "model__name", "priority", "created_at")
     return [Candidate(*row) for row in fields.order_by("-priority", "created_at")[:1000]]
 

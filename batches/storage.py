@@ -6,12 +6,18 @@ Django's default storage does the work; whose bytes they are is the `File` row's
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, cast
 
+from django.conf import settings
 from django.core.files.storage import default_storage
 from django.core.files.uploadedfile import TemporaryUploadedFile, UploadedFile
+
+ABANDONED_SECONDS = 24 * 3600
+"""A temporary file that nobody has written to for so long is nobody's any more."""
 
 
 def keep(name: str, content: UploadedFile) -> str:
@@ -33,10 +39,8 @@ def temporary(name: str) -> Iterator[TemporaryUploadedFile]:
     try:
         yield made
     finally:
-        try:
+        with suppress(FileNotFoundError):  # kept: it was renamed away
             made.close()
-        except FileNotFoundError:
-            pass  # kept: it was renamed away
 
 
 def opened(name: str) -> IO[bytes]:
@@ -45,3 +49,12 @@ def opened(name: str) -> IO[bytes]:
 
 def remove(name: str) -> None:
     default_storage.delete(name)
+
+
+def remove_abandoned() -> None:
+    """Remove half-written files of processes that were killed while they wrote."""
+    before = time.time() - ABANDONED_SECONDS
+    for path in Path(settings.FILE_UPLOAD_TEMP_DIR).iterdir():
+        with suppress(FileNotFoundError):  # another sweep, or kept at this moment
+            if path.is_file() and path.stat().st_mtime < before:
+                path.unlink()

@@ -12,6 +12,8 @@ from kombu.exceptions import OperationalError
 
 logger = structlog.get_logger(__name__)
 _GPU = Exchange("gpu", type="fanout")
+EXPIRES = 30
+"""Seconds after which a wake-up that nobody took is dropped: sweeps have sent others since."""
 
 
 def validate(batch_id: str) -> None:
@@ -31,10 +33,10 @@ def _send(task: str, *args: str) -> None:
     try:
         if task == "worker.tasks.wake":
             current_app.send_task(
-                task, exchange=_GPU, routing_key="gpu", declare=[_GPU], expires=10, retry=False
+                task, exchange=_GPU, routing_key="gpu", declare=[_GPU], expires=EXPIRES, retry=False
             )
         else:
-            current_app.send_task(task, args=args, queue="cpu", retry=False)
+            current_app.send_task(task, args=args, queue="cpu", expires=EXPIRES, retry=False)
     except (OperationalError, OSError) as error:
         # The row is committed and the next sweep finds it: the caller has lost nothing.
         logger.warning("wake-up not sent", task=task, error=str(error))

@@ -25,10 +25,14 @@ def main() -> int:
     import django
 
     django.setup()
-    from worker import running
+    from worker import orphans, running
     from worker.heartbeat import Heartbeat
     from worker.loop import LeaseLoop
 
+    name = orphans.claim_name(options.name)
+    if name is None:
+        logger.error("a worker of this name runs here already; choose another", name=options.name)
+        return 1
     loop = LeaseLoop(options.name, options.gpu)
     running.set_loop(loop)
     crashed = threading.Event()
@@ -40,9 +44,13 @@ def main() -> int:
         _celery(options.name, loop)
     finally:
         loop.stop()
-        thread.join(28)
+        thread.join(26)
         heartbeat.join(2)
-    return 1 if crashed.is_set() or thread.is_alive() else 0
+    if thread.is_alive():
+        logger.error("the lease loop did not end in time")
+        os._exit(1)  # a regular exit would wait for its threads
+    name.close()
+    return 1 if crashed.is_set() else 0
 
 
 def _options() -> argparse.Namespace:

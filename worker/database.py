@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import structlog
 from django.db import InterfaceError, OperationalError, connection
@@ -36,11 +36,13 @@ class Database:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, lambda: self._retried(call, args, kwargs))
 
-    def _retried(self, call: Callable[..., T], args: object, kwargs: object) -> T:
+    def _retried(
+        self, call: Callable[..., T], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> T:
         pause = FIRST_PAUSE
         while True:
             try:
-                return call(*args, **kwargs)  # type: ignore[misc]
+                return call(*args, **kwargs)
             except (OperationalError, InterfaceError) as error:
                 connection.close()
                 if self.give_up_at is not None and time.monotonic() + pause > self.give_up_at:
@@ -50,5 +52,7 @@ class Database:
                 pause = min(pause * 2, LONGEST_PAUSE)
 
     def close(self) -> None:
-        self._thread.submit(connection.close)
+        self.give_up_at = time.monotonic()
+        # Not `connection.close`: that would be this thread's connection, not the other's.
+        self._thread.submit(lambda: connection.close())
         self._thread.shutdown()

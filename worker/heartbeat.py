@@ -65,13 +65,14 @@ class Heartbeat(threading.Thread):
         for lease in held:
             status = kept.get(lease.chunk_id)
             if status != Status.IN_PROGRESS:
-                self._lease_loop.let_go(lease.chunk_id, lost=status is None)
+                self._lease_loop.let_go(lease, lost=status is None)
 
     def _speed(self) -> float:
         """Tokens a second, in and out, since the last beat."""
         status, now = self._lease_loop.status, time.monotonic()
         speed = (status.tokens - self._tokens) / max(now - self._beat_at, 0.001)
-        running = status.loaded if status.state == WorkerState.RUNNING else ""
+        busy = status.in_flight >= max(1, BUSY_SHARE * status.capacity)
+        running = status.loaded if status.state == WorkerState.RUNNING and busy else ""
         if speed and running and running == self._was_running:
             registry.note_speed(running, speed)
         self._tokens, self._beat_at, self._was_running = status.tokens, now, running

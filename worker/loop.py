@@ -10,11 +10,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import orjson
 import structlog
+from cryptography.fernet import InvalidToken
 
 from accounts import secrets
 from batches.services import leases
@@ -32,15 +35,19 @@ logger = structlog.get_logger(__name__)
 SAVE_RESULTS, SAVE_SECONDS = 100, 1.0
 """A save follows as soon as this many results wait, or one has waited this long."""
 SAVE_AT_MOST = 1000
-UNSAVED_AT_MOST = 5000
+UNSAVED_AT_MOST, UNSAVED_BYTES = 5000, 256 * 1024 * 1024
 """With more results waiting (the database is away), nothing new is fed."""
 POLL_SECONDS = 3.0
 """How soon a lost wake-up is made up for."""
-STALL_SECONDS = 900.0
-"""An engine with requests in flight that answers none for this long is taken for dead."""
+STALL_SECONDS = 3600.0
+"""An engine with requests in flight that answers none for this long is taken for dead; the longest
+answers (tens of thousands of tokens, with many at once) take less."""
 FINISH_SECONDS, STOP_SECONDS = 8.0, 22.0
 """On stop: how long requests in flight may go on, and how long all of it may take."""
-RETRY_LOAD = timedelta(minutes=1)
+REMEMBER_SECONDS = 0.5
+"""How often, while a model loads, its engine's processes are written down."""
+RETRY_LOAD, RETRY_READ = 60.0, 10.0
+"""Seconds for which a model that did not load, or a batch that could not be read, is left out."""
 
 
 @dataclass
@@ -49,6 +56,7 @@ class Status:
 
     state: str = WorkerState.STARTING
     loaded: str = ""
+    capacity: int = 0
     in_flight: int = 0
     tokens: int = 0
     loads: int = 0
@@ -74,11 +82,13 @@ class LeaseLoop:
         self._loaded_at = 0.0
         self._answered_at = 0.0
         self._engine_dead = False
+        self._alone_in_flight = False
         self._works: list[Work] = []
         self._loading_for: Lease | None = None
         self._casualties: list[tuple[str, int]] = []
         """Batch and line of what was in flight when the engine died, not yet counted."""
         self._avoid: dict[str, float] = {}
+        """Models and batches to leave out, and until when (`time.monotonic()`)."""
         self._savers: set[asyncio.Task[None]] = set()
         self._ask_again_at = 0.0
 
@@ -110,16 +120,15 @@ class LeaseLoop:
         leased = [each.lease for each in list(self._works) if not each.lost]
         return [*leased, loading] if loading is not None else leased
 
-    def let_go(self, chunk_id: int, *, lost: bool) -> None:
+    def let_go(self, lease: Lease, *, lost: bool) -> None:
         """The chunk is no longer ours (`lost`), or its batch no longer wants it."""
-        self._call(lambda: self._drop(chunk_id, lost=lost))
+        self._call(lambda: self._drop(lease, lost=lost))
 
     def _call(self, call: Callable[[], None]) -> None:
         if self._ready.is_set() and not self.stopped.is_set() and self._loop is not None:
-            try:
+            # The loop may end between the look and the call.
+            with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(call)
-            except RuntimeError:
-                pass  # the loop ended between the look and the call
 
     # --- The loop ---------------------------------------------------------------------------
 
@@ -141,6 +150,7 @@ class LeaseLoop:
     async def _turn(self) -> None:
         """One look at everything: mend the engine, lease, feed, save, wait for a change."""
         self._changed.clear()
+        self._look_for_stall()
         if self._engine_dead:
             await self._revive()
         if not self._works:
@@ -157,20 +167,17 @@ class LeaseLoop:
             return
         unsaved = any(each.finished for each in self._works)
         timeout = SAVE_SECONDS / 4 if unsaved else POLL_SECONDS
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout)
-        except TimeoutError:
-            self._look_for_stall()
 
     # --- Leasing and loading ----------------------------------------------------------------
 
     async def _begin(self) -> None:
         """With nothing in hand: lease what the policy likes best, and load its model if need be."""
-        if self.draining:
-            return self._idle()
-        lease = await self._lease(only=None)
+        lease = None if self.draining else await self._lease(only=None)
         if lease is None:
-            return self._idle()
+            self.status.state = WorkerState.IDLE
+            return
         self._loading_for = lease
         loaded = await self._have(lease.model)
         wanted, self._loading_for = self._loading_for is not None, None
@@ -178,9 +185,6 @@ class LeaseLoop:
             await self._take(lease)
         else:
             await self._database.run(leases.give_back, lease)
-
-    def _idle(self) -> None:
-        self.status.state = WorkerState.IDLE
 
     def _wants_more(self) -> bool:
         """Whether the next chunk is due: less waits than the engine has room for."""
@@ -215,43 +219,73 @@ class LeaseLoop:
             taken = await self._database.run(work.read, lease)
         except OSError as error:
             logger.error("chunk cannot be read", batch_id=lease.batch_id, error=str(error))
+            self._avoid[lease.batch_id] = time.monotonic() + RETRY_READ
             await self._database.run(leases.give_back, lease)
-            await asyncio.sleep(1)  # its storage may be back by then
             return
         self._works.append(taken)
         self._changed.set()
 
     async def _have(self, name: str) -> bool:
         """Make sure that this model is loaded as the registry has it now."""
-        spec = await self._database.run(_spec_named, name)
+        try:
+            spec = await self._database.run(_spec_named, name)
+        except LoadFailed as error:
+            await self._load_failed(name, str(error))
+            return False
         if spec == self._spec and self._engine is not None:
             return True
         await self._unload()
         self.status.state, self.status.loaded = WorkerState.LOADING, ""
         started = time.monotonic()
         try:
-            engine = engines.make(spec, self.gpu)
-            self._engine = engine
-            await engine.load()
+            self._engine = engine = engines.make(spec, self.gpu)
+            await self._load(engine)
         except LoadFailed as error:
-            await self._load_failed(spec, str(error))
+            await self._load_failed(name, str(error))
             return False
-        await asyncio.to_thread(orphans.remember, self.name, engine.pids())
+        except Exception as error:  # our own fault, but no reason to serve nobody
+            logger.exception("engine not made", model=name)
+            await self._load_failed(name, f"{type(error).__name__}: {error}")
+            return False
         self._spec, self._engine_dead = spec, False
         self._loaded_at = self._answered_at = time.monotonic()
         self.status.state, self.status.loaded = WorkerState.RUNNING, spec.name
+        self.status.capacity = engine.capacity
         self.status.loads, self.status.error = self.status.loads + 1, ""
         self._avoid.pop(name, None)
         await self._database.run(registry.note_load, name, error="")
         logger.info("model loaded", model=name, seconds=round(self._loaded_at - started, 2))
         return True
 
-    async def _load_failed(self, spec: ModelSpec, why: str) -> None:
-        logger.error("model not loaded", model=spec.name, error=why)
-        self.status.error = f"{spec.name}: {why}"
-        self._avoid[spec.name] = time.monotonic() + RETRY_LOAD.total_seconds()
+    async def _load(self, engine: Engine) -> None:
+        """Load, and write down all the while which processes that starts: a kill may come then.
+
+        A stop does not wait for the load: it is cancelled, and its processes are ended.
+        """
+        loading, known = asyncio.create_task(engine.load()), list[int]()
+        while not loading.done():
+            await asyncio.wait([loading], timeout=REMEMBER_SECONDS)
+            if (pids := engine.pids()) != known:
+                await asyncio.to_thread(orphans.remember, self.name, pids)
+                known = pids
+            if self._stopping and not loading.done():
+                if not loading.cancelling():  # once: a second one would break into its clean-up
+                    loading.cancel()
+                await asyncio.to_thread(orphans.end_left_over, self.name)
+                known = []
+        if loading.cancelled():
+            raise LoadFailed("The worker was stopped.")
+        await loading
+
+    async def _load_failed(self, name: str, why: str) -> None:
+        if self._stopping:  # so the fault is not the model's
+            await self._unload()
+            return
+        logger.error("model not loaded", model=name, error=why)
+        self.status.error = f"{name}: {why}"
+        self._avoid[name] = time.monotonic() + RETRY_LOAD
         await self._unload()
-        await self._database.run(registry.note_load, spec.name, error=why)
+        await self._database.run(registry.note_load, name, error=why)
 
     async def _unload(self) -> None:
         engine, self._engine, self._spec = self._engine, None, None
@@ -267,6 +301,10 @@ class LeaseLoop:
         engine = self._engine
         if engine is None or self._engine_dead or self._stopping or not self._works:
             return
+        if self._alone_in_flight:
+            return
+        if sum(each.unsaved_bytes for each in self._works) > UNSAVED_BYTES:
+            return
         room = min(engine.capacity - self.status.in_flight, UNSAVED_AT_MOST - self._unsaved())
         for each in self._works:
             while room > 0 and each.todo and not each.dropped:
@@ -279,7 +317,10 @@ class LeaseLoop:
         return sum(len(each.finished) for each in self._works)
 
     def _start(self, engine: Engine, of: Work, request: Request) -> None:
+        if not self.status.in_flight:
+            self._answered_at = time.monotonic()  # the engine was idle, not stalled
         task = asyncio.create_task(self._answer(engine, of, request))
+        task.add_done_callback(partial(self._never_ran, of, request))
         of.flying[request.line] = task
         self.status.in_flight += 1
 
@@ -288,9 +329,9 @@ class LeaseLoop:
         try:
             line = orjson.loads(request.text)
             answer = await engine.answer(of.lease.endpoint, line["body"])
-            of.record(work.answered(request, line["custom_id"], answer))
-            self.status.tokens += answer.usage.input + answer.usage.output
             self._answered_at = time.monotonic()
+            self.status.tokens += answer.usage.input + answer.usage.output
+            of.record(work.answered(request, line["custom_id"], answer))
         except EngineDied as error:
             self._engine_died(str(error))
             self._survive(of, request)
@@ -303,18 +344,31 @@ class LeaseLoop:
             logger.exception("engine error", batch_id=of.lease.batch_id, line=request.line)
             of.record(work.failed(request))
         finally:
-            of.flying.pop(request.line, None)
-            self.status.in_flight -= 1
-            self._after_answer(of)
+            self._landed(of, request)
+
+    def _never_ran(self, of: Work, request: Request, task: asyncio.Task[None]) -> None:
+        """Do what `_answer` could not: cancelled before its first step, it was never entered."""
+        if task.cancelled():
+            of.todo.appendleft(request)
+            self._landed(of, request)
+
+    def _landed(self, of: Work, request: Request) -> None:
+        del of.flying[request.line]
+        self.status.in_flight -= 1
+        self._alone_in_flight = False
+        self._after_answer(of)
 
     def _after_answer(self, of: Work) -> None:
         """Go on at once where that is cheap; leave the rest to the loop's next turn."""
-        if of.all_run or len(of.finished) >= SAVE_RESULTS or self._engine_dead:
+        if (
+            of.all_run
+            or len(of.finished) >= SAVE_RESULTS
+            or self._engine_dead
+            or self.status.in_flight <= 1
+            or self._wants_more()
+        ):
             self._changed.set()
-        elif self.status.in_flight <= 1 or not of.todo:
-            self._changed.set()
-        else:
-            self._feed()
+        self._feed()
 
     async def _run_alone(self) -> None:
         """Try a suspect by itself, once nothing else is in flight."""
@@ -326,10 +380,12 @@ class LeaseLoop:
         of, request = waiting[0], waiting[0].alone[0]
         # Counted before it is tried: should the worker die with the engine, the count stays.
         await self._database.run(leases.accuse, of.lease.batch_id, [request.line])
+        request.deaths += 1
+        if of.dropped:
+            return
         of.alone.popleft()
-        request.deaths, request.tried_alone = request.deaths + 1, True
+        request.tried_alone = self._alone_in_flight = True
         self._start(self._engine, of, request)
-        await asyncio.wait(list(of.flying.values()))
 
     # --- When the engine dies ---------------------------------------------------------------
 
@@ -344,10 +400,11 @@ class LeaseLoop:
 
     def _survive(self, of: Work, request: Request) -> None:
         """Queue a request again that was in flight at a death, unless it has now shown its guilt."""
-        if request.tried_alone and request.deaths > ALONE_AFTER:
+        alone, request.tried_alone = request.tried_alone, False
+        if alone and request.deaths > ALONE_AFTER:
             of.record(work.crashed(request))
             return
-        if not request.tried_alone:
+        if not alone:
             request.deaths += 1
             self._casualties.append((of.lease.batch_id, request.line))
         of.put_back(request)
@@ -396,11 +453,11 @@ class LeaseLoop:
         try:
             await self._save_some(of, outcomes, last=last)
         except LeaseLost:
-            logger.warning("lease lost", batch_id=of.lease.batch_id, chunk=of.lease.chunk_id)
+            self._log_drop(of, "lease lost")
             of.drop(lost=True)
         except GaveUp:
-            of.finished = outcomes + of.finished
-            raise
+            self._log_drop(of, "not saved: the lease will expire")
+            of.drop(lost=True)
         except Exception:
             logger.exception("chunk cannot be saved", batch_id=of.lease.batch_id)
             of.drop(lost=True)
@@ -421,13 +478,17 @@ class LeaseLoop:
         if last and of.dropped:
             await self._database.run(leases.give_back, of.lease)
 
-    def _drop(self, chunk_id: int, *, lost: bool) -> None:
-        if self._loading_for is not None and self._loading_for.chunk_id == chunk_id:
+    def _drop(self, lease: Lease, *, lost: bool) -> None:
+        if self._loading_for == lease:
             self._loading_for = None
         for each in self._works:
-            if each.lease.chunk_id == chunk_id:
+            if each.lease == lease:  # not a later lease of the same chunk
+                self._log_drop(each, "lease lost" if lost else "batch no longer wants it")
                 each.drop(lost=lost)
         self._changed.set()
+
+    def _log_drop(self, of: Work, why: str) -> None:
+        logger.warning(why, batch_id=of.lease.batch_id, chunk=of.lease.chunk_id)
 
     # --- Ending -----------------------------------------------------------------------------
 
@@ -451,5 +512,11 @@ class LeaseLoop:
 
 
 def _spec_named(name: str) -> ModelSpec:
-    model = Model.objects.get(name=name)
-    return ModelSpec(**model.spec_fields, secret=secrets.decrypt(model.encrypted_secret))
+    model = Model.objects.filter(name=name).first()
+    if model is None:
+        raise LoadFailed("It is no longer in the registry.")
+    try:
+        secret = secrets.decrypt(model.encrypted_secret)
+    except InvalidToken as error:
+        raise LoadFailed("Its secret was encrypted with another SECRET_KEY.") from error
+    return ModelSpec(**model.spec_fields, secret=secret)

@@ -5,8 +5,11 @@ Known by pid and start time, never by name: another worker's healthy engine may 
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import orjson
 import psutil
@@ -15,6 +18,22 @@ from django.conf import settings
 
 logger = structlog.get_logger(__name__)
 _WAIT_SECONDS = 10
+
+
+def claim_name(worker: str) -> IO[bytes] | None:
+    """Hold the name on this host for as long as the file is open; None when another worker does.
+
+    Two workers of one name would end each other's engines.
+    """
+    path = _ledger(worker).with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def remember(worker: str, pids: Sequence[int]) -> None:
@@ -33,10 +52,13 @@ def end_left_over(worker: str) -> int:
         known = orjson.loads(_ledger(worker).read_bytes())
     except (FileNotFoundError, orjson.JSONDecodeError):
         return 0
-    left = [psutil.Process(each["pid"]) for each in known if _started(each["pid"]) == each["started"]]
+    left = [
+        psutil.Process(each["pid"]) for each in known if _started(each["pid"]) == each["started"]
+    ]
     for process in left:
         logger.warning("ending an engine left behind", pid=process.pid)
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(left, timeout=_WAIT_SECONDS)
     remember(worker, [])
     return len(left)
@@ -44,7 +66,7 @@ def end_left_over(worker: str) -> int:
 
 def _started(pid: int) -> float | None:
     try:
-        return psutil.Process(pid).create_time()
+        return float(psutil.Process(pid).create_time())
     except psutil.Error:
         return None
 

@@ -19,8 +19,11 @@ from batches.services import leases
 from batches.services.leases import Lease, Outcome
 from worker.engines.base import Answer
 
+SAVE_BYTES = 64 * 1024 * 1024
 ALONE_AFTER = 3
 """Engine deaths after which a request is tried with nothing else in flight."""
+CAREFUL_REQUESTS = 32
+"""How many requests of a chunk that seems to kill workers are tried alone in one lease."""
 GIVEN_UP_AFTER = ALONE_AFTER + 1
 """Deaths, the trial alone included, after which it is an error line when found again."""
 
@@ -44,6 +47,7 @@ class Work:
     flying: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     saving: bool = False
     unsaved_since: float = 0.0
+    unsaved_bytes: int = 0
     dropped: bool = False
     """Cancelled, expired or stopping: what is finished is saved, the rest is not run."""
     lost: bool = False
@@ -61,9 +65,18 @@ class Work:
         if not self.finished:
             self.unsaved_since = time.monotonic()
         self.finished.append(outcome)
+        self.unsaved_bytes += len(outcome.payload)
 
     def take_finished(self, most: int) -> list[Outcome]:
-        taken, self.finished = self.finished[:most], self.finished[most:]
+        """The next outcomes to save: at most so many, and few enough for one statement."""
+        size = count = 0
+        for outcome in self.finished[:most]:
+            size += len(outcome.payload)
+            if count and size > SAVE_BYTES:
+                break
+            count += 1
+        taken, self.finished = self.finished[:count], self.finished[count:]
+        self.unsaved_bytes -= sum(len(outcome.payload) for outcome in taken)
         return taken
 
     def drop(self, *, lost: bool = False) -> None:
@@ -86,6 +99,8 @@ def read(lease: Lease) -> Work:
     """
     with storage.opened(lease.index_name) as stream:
         entries = index.read(stream, lease.start, lease.end)
+    if len(entries) != lease.end - lease.start:
+        raise OSError("the index is shorter than its chunks")
     saved: set[int] = set()
     deaths: dict[int, int] = {}
     if lease.fencing_token > 1:  # not the first lease of this chunk
@@ -103,18 +118,22 @@ def _read_lines(
         for entry in entries:
             stream.seek(entry.offset)
             text = stream.read(entry.length)
+            if len(text) != entry.length:
+                raise OSError("the input file is shorter than its index")
             requests.append(Request(entry.line, text, deaths.get(entry.line, 0)))
     return requests
 
 
 def _sorted_out(lease: Lease, requests: Sequence[Request]) -> Work:
-    # A chunk whose owners died again and again without saving anything holds a killer: all alone.
-    careful = lease.attempts >= ALONE_AFTER
+    # A chunk whose owners died again and again without saving anything holds a killer, and as the
+    # lines are fed in order it is likely among the first. Not all alone: others wait for the GPU.
+    careful = CAREFUL_REQUESTS if lease.attempts >= ALONE_AFTER else 0
     work = Work(lease, deque(), deque())
-    for request in requests:
+    for at, request in enumerate(requests):
+        accused = request.deaths >= ALONE_AFTER or (request.deaths and lease.attempts)
         if request.deaths > GIVEN_UP_AFTER:
             work.record(crashed(request))
-        elif careful or request.deaths >= ALONE_AFTER:
+        elif accused or at < careful:
             work.alone.append(request)
         else:
             work.todo.append(request)

@@ -176,7 +176,9 @@ class Chunk(models.Model):
         ]
         indexes = [
             models.Index(fields=["batch", "start"], name="chunk_ready", condition=Q(state="ready")),
-            models.Index(fields=["lease_expires_at"], name="chunk_leased", condition=Q(state="leased")),
+            models.Index(
+                fields=["lease_expires_at"], name="chunk_leased", condition=Q(state="leased")
+            ),
         ]
 
     def __str__(self) -> str:
@@ -199,7 +201,7 @@ class Result(models.Model):
 
 
 class Suspect(models.Model):
-    """A request that was in flight when an engine or its worker died, and how often."""
+    """A request that was in flight when an engine died, or was tried alone, and how often."""
 
     batch = models.ForeignKey(Batch, models.CASCADE, related_name="suspects")
     line = models.IntegerField()
@@ -227,7 +229,9 @@ class IdempotencyKey(models.Model):
 
     class Meta:
         constraints = [
-            models.UniqueConstraint(fields=["organization", "key"], name="idempotency_key_in_organization")
+            models.UniqueConstraint(
+                fields=["organization", "key"], name="idempotency_key_in_organization"
+            )
         ]
 
     def __str__(self) -> str:

@@ -90,9 +90,7 @@ class Upload(models.Model):
     bytes = models.BigIntegerField()
     mime_type = models.CharField(max_length=255)
     expires_after_seconds = models.IntegerField(null=True)
-    status = models.CharField(
-        max_length=16, choices=UploadStatus, default=UploadStatus.PENDING
-    )
+    status = models.CharField(max_length=16, choices=UploadStatus, default=UploadStatus.PENDING)
     file = models.OneToOneField(File, models.SET_NULL, null=True, related_name="upload")
     created_at = models.DateTimeField(auto_now_add=True)
     expires_at = models.DateTimeField()

@@ -32,7 +32,7 @@ def create_batch(
     """Accept a batch for validation; raises `BadRequest` or `NotFound` naming the field."""
     window = windows.parse(completion_window)
     _check(endpoint=endpoint, metadata=metadata, priority=priority)
-    files.expiry(output_expires_after_seconds, param="output_expires_after")
+    files.expiry(output_expires_after_seconds, param="output_expires_after.seconds")
     file = access.get(actor, File, input_file_id, param="input_file_id", deleted_at=None)
     if file.purpose != Purpose.BATCH:
         raise BadRequest(
@@ -75,8 +75,6 @@ def _check_metadata(metadata: Mapping[str, str]) -> None:
     if len(metadata) > MAX_PAIRS:
         raise BadRequest(f"metadata may have at most {MAX_PAIRS} pairs.", param="metadata")
     for key, value in metadata.items():
-        if not isinstance(value, str):
-            raise BadRequest("metadata's values must be strings.", param=f"metadata.{key[:64]}")
         if len(key) > MAX_KEY or len(value) > MAX_VALUE:
             raise BadRequest(
                 f"metadata's keys may have {MAX_KEY} characters, its values {MAX_VALUE}.",
@@ -92,7 +90,9 @@ def cancel_batch(*, actor: Caller, batch: Batch) -> Batch:
     Cancelling one that is already on that way changes nothing; a finished one is a `BadRequest`.
     """
     with transaction.atomic(), actor.scope():
-        batch = Batch.objects.select_for_update(of=("self",)).select_related("model").get(pk=batch.pk)
+        batch = (
+            Batch.objects.select_for_update(of=("self",)).select_related("model").get(pk=batch.pk)
+        )
         if batch.status in (Status.CANCELLING, Status.CANCELLED):
             return batch
         if batch.status not in UNFINISHED or batch.status == Status.FINALIZING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import PurePosixPath
 
+import structlog
 from django.conf import settings
 from django.core.files.uploadedfile import UploadedFile
 from django.db import transaction
@@ -17,6 +18,8 @@ from accounts.models import Organization, Project
 from batches import queries, storage
 from batches.models import File, UploadPart
 from batches.models.files import Purpose, file_id
+
+logger = structlog.get_logger(__name__)
 
 SHORTEST, LONGEST = 3600, 2_592_000
 """Seconds after which a file may expire, by OpenAI's document."""
@@ -39,7 +42,7 @@ def create_file(
         content=content,
         filename=filename,
         purpose=purpose,
-        expires_at_seconds=expires_at,
+        expires_after=expires_at,
     )
 
 
@@ -50,7 +53,7 @@ def keep(
     content: UploadedFile,
     filename: str,
     purpose: str,
-    expires_at_seconds: timedelta | None = None,
+    expires_after: timedelta | None = None,
 ) -> File:
     """Store the bytes, then the row; when the row cannot be made the bytes go again."""
     id = file_id()
@@ -62,16 +65,23 @@ def keep(
             project=project,
             filename=clean_filename(filename),
             purpose=purpose,
-            bytes=content.size,
+            bytes=content.size or 0,
             storage_name=name,
-            expires_at=timezone.now() + expires_at_seconds if expires_at_seconds else None,
+            expires_at=timezone.now() + expires_after if expires_after else None,
         )
     except BaseException:
         storage.remove(name)
         raise
 
 
-def check(*, filename: str, purpose: str, size: int) -> None:
+def check(
+    *,
+    filename: str,
+    purpose: str,
+    size: int,
+    name_param: str = "file",
+    size_param: str = "file",
+) -> None:
     """Refuse what may not be stored, naming the field."""
     if purpose not in set(Purpose.values) - {Purpose.BATCH_OUTPUT}:
         allowed = ", ".join(sorted(set(Purpose.values) - {Purpose.BATCH_OUTPUT}))
@@ -79,27 +89,25 @@ def check(*, filename: str, purpose: str, size: int) -> None:
     if purpose == Purpose.BATCH and not filename.endswith(".jsonl"):
         raise BadRequest(
             "A batch's input must be a .jsonl file (one JSON object a line).",
-            param="file",
+            param=name_param,
             code="invalid_file_format",
         )
     if size <= 0:
-        raise BadRequest("The file is empty.", param="file", code="empty_file")
+        raise BadRequest("The file is empty.", param=size_param, code="empty_file")
     limit = settings.MAX_BATCH_FILE_BYTES if purpose == Purpose.BATCH else settings.MAX_FILE_BYTES
     if size > limit:
         raise TooLarge(
             f"The file has {size:,} bytes; for purpose {purpose!r} the limit is {limit:,}.",
-            param="file",
+            param=size_param,
             code="file_too_large",
         )
 
 
-def expiry(seconds: int | None, *, param: str = "expires_after") -> timedelta | None:
+def expiry(seconds: int | None, *, param: str = "expires_after[seconds]") -> timedelta | None:
     if seconds is None:
         return None
     if not SHORTEST <= seconds <= LONGEST:
-        raise BadRequest(
-            f"{param}[seconds] must be from {SHORTEST} to {LONGEST}.", param=f"{param}[seconds]"
-        )
+        raise BadRequest(f"{param} must be from {SHORTEST} to {LONGEST}.", param=param)
     return timedelta(seconds=seconds)
 
 
@@ -126,7 +134,11 @@ def purge_files(limit: int = 100) -> None:
     """Remove the bytes of deleted files that no unfinished batch still reads."""
     with scopes_disabled():
         for file in queries.files_to_purge()[:limit]:
-            storage.remove(file.storage_name)
+            try:
+                storage.remove(file.storage_name)
+            except OSError as error:  # the others need not wait for it
+                logger.error("file not purged", file_id=file.pk, error=str(error))
+                continue
             File.objects.filter(pk=file.pk).update(purged_at=timezone.now())
 
 

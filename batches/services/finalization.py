@@ -26,7 +26,7 @@ logger = structlog.get_logger(__name__)
 
 LETTING_GO = timedelta(seconds=10)
 """How long a cancelled or expired batch waits for its workers to save what they have finished."""
-_RESULTS_A_FETCH = 500
+_RESULTS_A_FETCH = 100
 
 
 def finalize_batch(batch_id: str) -> None:
@@ -81,7 +81,7 @@ def write_files(batch: Batch, output: IO[bytes], errors: IO[bytes]) -> int:
     return undone
 
 
-def _results(batch: Batch) -> Iterator[tuple[int, bool, bytes]]:
+def _results(batch: Batch) -> Iterator[tuple[int, bool, bytes | memoryview]]:
     rows = Result.objects.filter(batch=batch).order_by("line")
     return rows.values_list("line", "ok", "payload").iterator(chunk_size=_RESULTS_A_FETCH)
 
@@ -89,7 +89,10 @@ def _results(batch: Batch) -> Iterator[tuple[int, bool, bytes]]:
 def _why_undone(batch: Batch) -> tuple[str, str]:
     if batch.status == Status.CANCELLING:
         return "batch_cancelled", "The batch was cancelled before this request was run."
-    return "batch_expired", "The batch expired before this request was run."
+    why = "The batch expired before this request was run."
+    if batch.model is not None and batch.model.load_error:
+        why = f"{why[:-1]}: its model could not be loaded."  # the details are the operator's
+    return "batch_expired", why
 
 
 def unanswered_line(source: IO[bytes], entry: index.Entry, code: str, why: str) -> bytes:
@@ -115,31 +118,35 @@ def _record(
     batch = Batch.objects.select_for_update(of=("self",)).get(pk=batch.pk)
     if batch.status not in (Status.FINALIZING, Status.CANCELLING):
         return
-    batch.output_file = _keep(batch, output, "output")
-    batch.error_file = _keep(batch, errors, "errors")
-    batch.failed += undone
-    if batch.status == Status.CANCELLING:
-        batch.move_to(Status.CANCELLED)
-    else:
-        batch.move_to(Status.EXPIRED if undone else Status.COMPLETED)
-    batch.save()
-    Result.objects.filter(batch=batch).delete()
-    batch.suspects.all().delete()
+    with ExitStack() as undo:
+        batch.output_file = _keep(batch, output, "output", undo)
+        batch.error_file = _keep(batch, errors, "errors", undo)
+        batch.failed += undone
+        if batch.status == Status.CANCELLING:
+            batch.move_to(Status.CANCELLED)
+        else:
+            batch.move_to(Status.EXPIRED if undone else Status.COMPLETED)
+        batch.save()
+        Result.objects.filter(batch=batch).delete()
+        batch.suspects.all().delete()
+        undo.pop_all()
     if batch.index_name:
         transaction.on_commit(lambda: storage.remove(batch.index_name))
     logger.info("finalized", batch_id=batch.pk, status=batch.status, undone=undone)
 
 
-def _keep(batch: Batch, content: TemporaryUploadedFile, kind: str) -> File | None:
-    """The file's row, or None when nothing was written to it."""
+def _keep(batch: Batch, content: TemporaryUploadedFile, kind: str, undo: ExitStack) -> File | None:
+    """The file's row, or None when nothing was written to it; `undo` removes the bytes again."""
     if (size := content.tell()) == 0:
         return None
     content.size = size
-    return files.keep(
+    file = files.keep(
         organization=batch.organization,
         project=batch.project,
         content=content,
         filename=f"{batch.pk}_{kind}.jsonl",
         purpose=Purpose.BATCH_OUTPUT,
-        expires_at_seconds=files.expiry(batch.output_expires_after_seconds),
+        expires_after=files.expiry(batch.output_expires_after_seconds),
     )
+    undo.callback(storage.remove, file.storage_name)
+    return file

@@ -20,7 +20,6 @@ from django_scopes import scopes_disabled
 from batches import policy, queries, wakeups
 from batches.models import Batch, Chunk, Suspect
 from batches.models.batches import ChunkState, Status
-from models_registry.models import Model
 
 logger = structlog.get_logger(__name__)
 
@@ -69,10 +68,11 @@ def lease_next(
     """Lease the chunk that the policy chooses; None when there is none.
 
     With `only` (feeding the loaded model) there is no lease when the policy would rather have
-    another model; `avoid` leaves models out (those that just failed to load).
+    another model; `avoid` leaves out models (that just failed to load) and batches (that could
+    not be read).
     """
     with scopes_disabled():
-        waiting = [each for each in queries.candidates() if each.model not in avoid]
+        waiting = queries.candidates(avoid)
         while waiting:
             decision = policy.choose(
                 waiting, loaded=loaded, residency=residency, now=timezone.now()
@@ -164,8 +164,9 @@ def _insert(batch_id: str, outcomes: Sequence[Outcome]) -> list[Outcome]:
                 [outcome.payload for outcome in outcomes],
             ],
         )
-        new = {line for (line,) in cursor.fetchall()}
-    return [outcome for outcome in outcomes if outcome.line in new]
+        new = cursor.fetchall()
+    first = {outcome.line: outcome for outcome in reversed(outcomes)}
+    return [first[line] for (line,) in new]
 
 
 def _count(cursor: object, batch_id: str, new: Sequence[Outcome]) -> None:
@@ -247,7 +248,7 @@ def release_owned_by(owner: str) -> int:
     return _let_go("lease_owner = %s", [owner], attempts=1)
 
 
-def _let_go(which: str, params: list[object], *, attempts: int) -> int:
+def _let_go(which: str, params: list[int | str], *, attempts: int) -> int:
     with connection.cursor() as cursor:
         cursor.execute(_LET_GO.format(which), [attempts, *params])
         count = int(cursor.rowcount)
@@ -282,7 +283,3 @@ def accuse(batch_id: str, lines: Sequence[int]) -> None:
     """Count one engine death against each of these lines."""
     with connection.cursor() as cursor:
         cursor.execute(_ACCUSE, [batch_id, sorted(lines)])
-
-
-def model_named(name: str) -> Model:
-    return Model.objects.get(name=name)

@@ -4,32 +4,53 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from django.db import transaction
+import structlog
+from django.db import DatabaseError, transaction
 from django.utils import timezone
 from django_scopes import scopes_disabled
 
-from batches import queries, wakeups
+from batches import queries, storage, wakeups
 from batches.models import Batch, IdempotencyKey
 from batches.models.batches import ChunkState, Status
 from batches.services import files, leases, uploads
+
+logger = structlog.get_logger(__name__)
 
 IDEMPOTENCY_LIFETIME = timedelta(hours=24)
 
 
 def sweep() -> None:
-    """One round; every step is safe to repeat and to run beside another sweep."""
-    with scopes_disabled():
-        leases.release_expired()
-        expire_batches()
-        finish_batches()
-        for id in queries.batches_to_validate().values_list("pk", flat=True)[:100]:
-            wakeups.validate(id)
-        for id in queries.batches_to_finalize().values_list("pk", flat=True)[:100]:
-            wakeups.finalize(id)
-        uploads.expire_uploads()
-        files.expire_files()
-        files.purge_files()
-        IdempotencyKey.objects.filter(created_at__lt=timezone.now() - IDEMPOTENCY_LIFETIME).delete()
+    """One round; every step is safe to repeat, to run beside another sweep, and to fail alone."""
+    for step in (
+        leases.release_expired,
+        expire_batches,
+        finish_batches,
+        repeat_wakeups,
+        uploads.expire_uploads,
+        files.expire_files,
+        files.purge_files,
+        forget_idempotency_keys,
+        storage.remove_abandoned,
+    ):
+        try:
+            with scopes_disabled():
+                step()
+        except DatabaseError:
+            raise  # the next step would fare no better
+        except Exception:
+            logger.exception("sweep step failed", step=step.__name__)
+
+
+def repeat_wakeups() -> None:
+    """Send again what may have been lost, oldest first."""
+    for id in queries.batches_to_validate().order_by("pk").values_list("pk", flat=True)[:100]:
+        wakeups.validate(id)
+    for id in queries.batches_to_finalize().order_by("pk").values_list("pk", flat=True)[:100]:
+        wakeups.finalize(id)
+
+
+def forget_idempotency_keys() -> None:
+    IdempotencyKey.objects.filter(created_at__lt=timezone.now() - IDEMPOTENCY_LIFETIME).delete()
 
 
 def expire_batches() -> None:

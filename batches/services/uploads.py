@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from django.core.files.uploadedfile import TemporaryUploadedFile, UploadedFile
 from django.db import transaction
+from django.db.models import Sum
 from django.utils import timezone
 from django_scopes import scopes_disabled
 
@@ -36,8 +37,16 @@ def create_upload(
     if size > MAX_UPLOAD_BYTES:
         raise TooLarge(f"An upload may have at most {MAX_UPLOAD_BYTES:,} bytes.", param="bytes")
     # The limit of a plain file does not hold for an upload, that of a batch input does.
-    files.check(filename=filename, purpose=purpose, size=size if purpose == "batch" else min(size, 1))
-    files.expiry(expires_after_seconds)
+    files.check(
+        filename=filename,
+        purpose=purpose,
+        size=size if purpose == "batch" else min(size, 1),
+        name_param="filename",
+        size_param="bytes",
+    )
+    if "\0" in mime_type:  # PostgreSQL cannot store it
+        raise BadRequest("mime_type must not contain NUL characters.", param="mime_type")
+    files.expiry(expires_after_seconds, param="expires_after.seconds")
     return Upload.objects.create(
         organization=actor.organization,
         project=actor.project,
@@ -63,12 +72,24 @@ def add_part(*, actor: Caller, upload: Upload, content: UploadedFile) -> UploadP
         with transaction.atomic(), actor.scope():
             # A shared look at the row keeps it pending until the part is in.
             _require_pending(Upload.objects.select_for_update(no_key=True).get(pk=upload.pk))
+            _require_room(upload, content.size or 0)
             return UploadPart.objects.create(
-                id=id, upload=upload, bytes=content.size, storage_name=name
+                id=id, upload=upload, bytes=content.size or 0, storage_name=name
             )
     except BaseException:
         storage.remove(name)
         raise
+
+
+def _require_room(upload: Upload, size: int) -> None:
+    """Parts that were sent twice are not named in the end, but they take their room till then."""
+    before = UploadPart.objects.filter(upload=upload).aggregate(Sum("bytes"))["bytes__sum"] or 0
+    if before + size > MAX_UPLOAD_BYTES:
+        raise TooLarge(
+            f"The parts of an upload may have {MAX_UPLOAD_BYTES:,} bytes in all.",
+            param="data",
+            code="upload_too_large",
+        )
 
 
 def complete_upload(
@@ -78,7 +99,12 @@ def complete_upload(
     _require_pending(upload)
     parts = _ordered_parts(actor, upload, part_ids)
     with storage.temporary(upload.filename) as whole:
-        digest = _put_together(parts, whole)
+        try:
+            digest = _put_together(parts, whole)
+        except FileNotFoundError:  # completed or cancelled meanwhile, and its parts with it
+            with actor.scope():
+                _require_pending(Upload.objects.get(pk=upload.pk))
+            raise
         if md5 is not None and md5.lower() != digest:
             raise BadRequest(f"The parts' md5 is {digest}.", param="md5", code="checksum_mismatch")
         with transaction.atomic(), actor.scope():
@@ -91,7 +117,7 @@ def complete_upload(
                 content=whole,
                 filename=upload.filename,
                 purpose=upload.purpose,
-                expires_at_seconds=timedelta(seconds=lifetime) if lifetime else None,
+                expires_after=timedelta(seconds=lifetime) if lifetime else None,
             )
             upload.status = UploadStatus.COMPLETED
             upload.save(update_fields=["file", "status"])
@@ -105,7 +131,9 @@ def _ordered_parts(actor: Caller, upload: Upload, part_ids: Sequence[str]) -> li
     for id in part_ids:
         if id not in known:
             raise BadRequest(
-                f"Part {str(id)[:64]!r} is not of this upload.", param="part_ids", code="unknown_part"
+                f"Part {str(id)[:64]!r} is not of this upload.",
+                param="part_ids",
+                code="unknown_part",
             )
     if len(set(part_ids)) != len(part_ids):
         raise BadRequest("A part is named twice.", param="part_ids", code="duplicate_part")

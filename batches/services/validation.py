@@ -82,12 +82,13 @@ def _waiting(batch_id: str) -> Batch | None:
 def examine(batch: Batch) -> Findings:
     """Check every line of the input, collecting what is wrong; nothing is written."""
     findings = Findings()
-    if batch.input_file.purged_at:
+    checker = LineChecker(batch.endpoint)
+    try:
+        with storage.opened(batch.input_file.storage_name) as stream:
+            _check_lines(checker, stream, findings)
+    except FileNotFoundError:
         findings.add_error(BadLine("file_not_found", "The input file was deleted."), None)
         return findings
-    checker = LineChecker(batch.endpoint)
-    with storage.opened(batch.input_file.storage_name) as stream:
-        _check_lines(checker, stream, findings)
     if not findings.requests:
         findings.add_error(BadLine("empty_file", "The file has no requests."), None)
     if findings.requests > settings.MAX_BATCH_REQUESTS:

@@ -44,11 +44,17 @@ class Usage:
         given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
         made = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
         return cls(
-            input=usage.get("prompt_tokens") or usage.get("input_tokens") or 0,
-            cached=given.get("cached_tokens") or 0,
-            output=usage.get("completion_tokens") or usage.get("output_tokens") or 0,
-            reasoning=made.get("reasoning_tokens") or 0,
+            input=_count(usage, "prompt_tokens") or _count(usage, "input_tokens"),
+            cached=_count(given, "cached_tokens"),
+            output=_count(usage, "completion_tokens") or _count(usage, "output_tokens"),
+            reasoning=_count(made, "reasoning_tokens"),
         )
+
+
+def _count(values: Any, name: str) -> int:
+    """A number of tokens; 0 for anything that a remote engine says instead of one."""
+    value = values.get(name) if isinstance(values, dict) else None
+    return value if type(value) is int and 0 <= value < 2**31 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ import difflib
 import functools
 import gc
 import json
-import math
 import multiprocessing
 import os
+import random
 import re
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -33,7 +33,7 @@ DEATH_GRACE_SECONDS = 0.5
 """How long vLLM may take to fail a dead engine's requests itself, before they are ended here."""
 SHUTDOWN_SECONDS = 10.0
 """How long the engine's processes may take to end by themselves, before they are killed."""
-QUEUE_FACTOR = 1.5
+QUEUE_FACTOR = 2
 """Requests in flight for each one that runs: the next must wait in the engine, not in Python."""
 SHORTEST_REQUEST = 128
 """Tokens of KV cache below which no request is counted when the cache bounds the capacity."""
@@ -61,10 +61,29 @@ CPU_OPTIONS: dict[str, Any] = {
 }
 
 EXTRAS = frozenset(
-    "ec_transfer_params kv_transfer_params metrics prompt_logprobs prompt_text prompt_token_ids"
-    " reasoning reasoning_content routed_experts stop_reason token_ids audio function_call"
-    " annotations input_messages output_messages prompt_tokens_details"
-    " completion_tokens_details created_cache_tokens multimodal_tokens".split()
+    {
+        "annotations",
+        "audio",
+        "completion_tokens_details",
+        "created_cache_tokens",
+        "ec_transfer_params",
+        "function_call",
+        "input_messages",
+        "kv_transfer_params",
+        "metrics",
+        "multi_modal",
+        "multimodal_tokens",
+        "output_messages",
+        "prompt_logprobs",
+        "prompt_text",
+        "prompt_token_ids",
+        "prompt_tokens_details",
+        "reasoning",
+        "reasoning_content",
+        "routed_experts",
+        "stop_reason",
+        "token_ids",
+    }
 )
 """Keys that vLLM sends as null and that OpenAI's answers do not have, or have only when set."""
 
@@ -126,6 +145,10 @@ class VllmEngine:
         self._calls = _calls(state)
         self.capacity = _capacity(self._engine.vllm_config)
         self._watcher = asyncio.create_task(self._watch(), name=f"watch {self.spec.name}")
+        # What is here now stays while the model does: the collector need not walk a million
+        # objects of torch's and vLLM's again and again while requests come and go.
+        gc.collect()
+        gc.freeze()
 
     def _build(self) -> Any:
         """Everything of the start that blocks; returns vLLM's parsed arguments."""
@@ -139,7 +162,7 @@ class VllmEngine:
         if log:
             os.truncate(log, 0)
         self._strangers = {child.pid for child in multiprocessing.active_children()}
-        with _environment(self._environment()):
+        with _environment(self._environment(args)):
             try:
                 engine_args = AsyncEngineArgs.from_cli_args(args)
                 # Offline use, so that vLLM's defaults are those for throughput, not for latency.
@@ -148,19 +171,30 @@ class VllmEngine:
                 )
             except Exception as error:
                 raise LoadFailed(_logged_cause(log) or _in_one_line(error)) from error
+            finally:
+                random.seed()  # vLLM gave this process's generator the engine's seed, which is 0
         self._cores = self._children()
         return args
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, args: Any) -> dict[str, str]:
         """What the engine's processes must find in their environment when they are spawned."""
-        wanted = {}
         if self.gpu is not None and not _on_cpu():
             # The child decides at its first CUDA call which devices there are; after its spawn
             # it is too late. Only the child, because the next engine may be given another one.
-            wanted["CUDA_VISIBLE_DEVICES"] = str(self.gpu)
-        if Path(self.spec.source).is_dir() and "HF_HUB_OFFLINE" not in os.environ:
-            wanted["HF_HUB_OFFLINE"] = "1"
-        return wanted
+            wanted = {"CUDA_VISIBLE_DEVICES": str(self.gpu)}
+        else:
+            wanted = {}
+        usual = {}
+        if Path(self.spec.source).is_dir():
+            usual["HF_HUB_OFFLINE"] = "1"
+        if _on_cpu():
+            # One process fewer between a request and its forward pass, and one import of torch.
+            usual["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if _on_cpu() and args.enforce_eager:
+            # Some of vLLM's small functions are compiled at their first use whatever the engine
+            # was told: the first request for logprobs would hold up all others for 20 s.
+            usual["TORCHDYNAMO_DISABLE"] = "1"
+        return wanted | {name: usual[name] for name in usual.keys() - os.environ.keys()}
 
     async def answer(self, endpoint: str, body: dict[str, Any]) -> Answer:
         """Answer one request body; a refusal is an answer, only the engine's end is an error."""
@@ -193,6 +227,9 @@ class VllmEngine:
         if call.handler is None:
             return _error(400, f"The model `{self.spec.name}` does not support {endpoint}")
         try:
+            # vLLM books a request before it packs it for its other process, and forgets to strike
+            # off what cannot be packed (lone surrogates, huge integers): find that out first.
+            orjson.dumps(body)
             # A copy: vLLM's validators write defaults into the body, and the caller may retry it.
             request = call.parse(dict(body))
             if getattr(request, "stream", None):
@@ -230,6 +267,7 @@ class VllmEngine:
         """End the engine and its processes; requests in flight raise EngineDied. Idempotent."""
         if self._building is not None:  # a cancelled load: its thread cannot be stopped
             await asyncio.wait([self._building])
+            self._building.exception()
             self._building = None
         if self._watcher is not None:
             self._watcher.cancel()
@@ -238,10 +276,13 @@ class VllmEngine:
         self._evict()
         engine, self._engine, self._calls = self._engine, None, {}
         if engine is not None:
+            if engine.output_handler is not None:
+                engine.output_handler.cancel()  # else it logs the shutdown as a failure
             with contextlib.suppress(Exception):  # whatever is left is killed below
                 await asyncio.to_thread(engine.shutdown, timeout=SHUTDOWN_SECONDS)
             del engine
         await self._end_processes()
+        gc.unfreeze()
         gc.collect()  # handlers, renderer and engine refer to each other in circles
 
     async def _end_processes(self) -> None:
@@ -406,6 +447,8 @@ def _words(spec: ModelSpec, known: dict[str, Any]) -> list[str]:
         if option in OURS:
             raise LoadFailed(f"engine_args cannot set {name}: the model's entry does")
         options[option] = value
+    if "tool-call-parser" in options:  # which vLLM does not look at without this
+        options.setdefault("enable-auto-tool-choice", True)
     words = [f"--model={spec.source}", f"--served-model-name={spec.name}"]
     if spec.revision:
         words.append(f"--revision={spec.revision}")
@@ -462,11 +505,12 @@ def _calls(state: Any) -> dict[str, Call]:
         return Call(TypeAdapter(request).validate_python, ask)
 
     chat = call(ChatCompletionRequest, "openai_serving_chat", "create_chat_completion")
+    completion = call(CompletionRequest, "openai_serving_completion", "create_completion")
     score = call(ScoreRequest, "serving_scores")
     rerank = call(RerankRequest, "serving_scores")
     return {
         "/v1/chat/completions": chat,
-        "/v1/completions": call(CompletionRequest, "openai_serving_completion", "create_completion"),
+        "/v1/completions": completion,
         "/v1/responses": call(ResponsesRequest, "openai_serving_responses", "create_responses"),
         "/v1/embeddings": call(EmbeddingRequest, "serving_embedding"),
         "/v1/score": score,
@@ -483,7 +527,7 @@ def _capacity(config: Any) -> int:
     tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
     if tokens:
         running = min(running, max(1, tokens // SHORTEST_REQUEST))
-    return math.ceil(QUEUE_FACTOR * running * config.parallel_config.data_parallel_size)
+    return int(QUEUE_FACTOR * running * config.parallel_config.data_parallel_size)
 
 
 def _read(response: Any) -> Answer:
@@ -534,6 +578,8 @@ def _encode(body: Any) -> bytes:
 
 def _refusal(error: Exception) -> Answer:
     """What vLLM's own server would answer to an exception, but never 5xx for a bad body."""
+    if type(error).__name__ == "EngineGenerateError" and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the wrapper has no message
     response = _vllm_error(error)
     status = int(response.error.code)
     if isinstance(error, NotImplementedError | RecursionError):

@@ -1,0 +1,270 @@
+"""Any OpenAI-compatible server as an engine: a `vllm serve` fleet, a gateway, a hosted service.
+
+Only HTTP lives here: nothing of the queue, and nothing is started on this host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import orjson
+
+from worker.engines.base import Answer, EngineDied, LoadFailed, ModelSpec, Usage
+
+RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
+BODY_LIMIT = 64 * 1024 * 1024
+"""Bytes of one answer, after decompression; a longer one is refused."""
+CONNECT_SECONDS = 30.0
+LONGEST_PAUSE = 60.0
+"""Seconds: cap of the pause before a retry, also of one that the server asked for."""
+OPTIONS: dict[str, float] = {
+    "concurrency": 64,
+    "max_retries": 5,
+    "timeout_seconds": 600,
+    "backoff_seconds": 0.5,
+}
+"""The `engine_args` there are, with their defaults."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back over HTTP; `pause` is how long the server asked to wait, in seconds."""
+
+    status: int
+    raw: bytes
+    pause: float | None = None
+
+
+class _TooLongError(Exception):
+    """The body exceeds BODY_LIMIT."""
+
+
+class OpenAIEngine:
+    """One model behind one base URL, with or without `/v1` at its end."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.capacity = int(OPTIONS["concurrency"])
+        self._session: aiohttp.ClientSession | None = None
+
+    async def load(self) -> None:
+        """Check the settings and the connection; raises LoadFailed."""
+        await self.unload()
+        self._settings()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self.capacity),
+            timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=CONNECT_SECONDS),
+            headers={"Authorization": f"Bearer {self.spec.secret}"} if self.spec.secret else None,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+        )
+        try:
+            await self._greet()
+        except BaseException:
+            await self.unload()
+            raise
+
+    def _settings(self) -> None:
+        args = self.spec.engine_args
+        unknown = sorted(args.keys() - OPTIONS.keys())
+        if unknown:
+            raise LoadFailed(f"engine openai has no option {', '.join(unknown)}")
+        self.capacity = int(_number(args.get("concurrency"), "concurrency", 1))
+        self._retries = int(_number(args.get("max_retries"), "max_retries", 0))
+        self._timeout = _number(args.get("timeout_seconds"), "timeout_seconds", 0.001)
+        self._backoff = _number(args.get("backoff_seconds"), "backoff_seconds", 0)
+        self._root = _root(self.spec.base_url)
+
+    async def _greet(self) -> None:
+        """Ask for the model list. Not every server has one; every server can be reached."""
+        try:
+            reply = await self._send("GET", "/v1/models", None)
+        except (aiohttp.ClientError, OSError, _TooLongError) as error:
+            reason = self._scrubbed(str(error)) or type(error).__name__
+            raise LoadFailed(f"cannot reach {self._root}: {reason}") from error
+        if reply.status in (401, 403):
+            raise LoadFailed(f"{self._root} refuses the secret (HTTP {reply.status})")
+        if reply.status >= 500 or 300 <= reply.status < 400:
+            raise LoadFailed(f"{self._root} answers HTTP {reply.status}")
+
+    async def answer(self, endpoint: str, body: dict[str, Any]) -> Answer:
+        """Send one request, again where that may help; raises EngineDied without a connection."""
+        if self._session is None:
+            raise EngineDied(f"the engine of {self.spec.name} is not loaded")
+        if body.get("stream"):
+            return _error(400, "A batch request cannot be streamed", param="stream")
+        if self.spec.source not in ("", "none"):
+            body = {**body, "model": self.spec.source}
+        try:
+            payload = _encode(body)
+        except (ValueError, RecursionError):
+            return _error(400, "The body cannot be written as JSON")
+        return self._answer_of(await self._ask(endpoint, payload))
+
+    async def _ask(self, endpoint: str, payload: bytes) -> Reply:
+        """The first reply that is worth no retry, or the last one."""
+        for attempt in range(self._retries + 1):
+            last = attempt == self._retries
+            pause = None
+            try:
+                reply = await self._send("POST", endpoint, payload)
+                if last or reply.status not in RETRIED:
+                    return reply
+                pause = reply.pause
+            except _TooLongError:
+                return _made_up(502, f"The remote answer exceeds {BODY_LIMIT} bytes")
+            except (aiohttp.ClientError, OSError) as error:
+                if last or self._session is None:
+                    return self._lost(error)
+            await asyncio.sleep(self._pause(attempt, pause))
+        raise AssertionError("unreachable")
+
+    def _lost(self, error: Exception) -> Reply:
+        # A slow answer is the request's trouble; only a connection's end is the engine's.
+        slow = isinstance(error, asyncio.TimeoutError)
+        if slow and not isinstance(error, aiohttp.ConnectionTimeoutError):
+            return _made_up(504, f"The remote engine did not answer in {self._timeout:g} seconds")
+        reason = self._scrubbed(str(error)) or type(error).__name__
+        raise EngineDied(f"lost {self._root}: {reason}") from error
+
+    def _pause(self, attempt: int, asked: float | None) -> float:
+        """Seconds to wait: what the server asked for, else a random part of a doubling bound."""
+        if asked is not None:
+            return min(asked, LONGEST_PAUSE)
+        return random.uniform(0, min(self._backoff * 2**attempt, LONGEST_PAUSE))  # noqa: S311
+
+    async def _send(self, method: str, endpoint: str, payload: bytes | None) -> Reply:
+        if self._session is None:
+            raise EngineDied(f"the engine of {self.spec.name} is not loaded")
+        async with self._session.request(
+            method,
+            self._root + endpoint,
+            data=payload,
+            headers={"Content-Type": "application/json"} if payload else None,
+            allow_redirects=False,  # the secret and the tenant's text go to no other host
+        ) as response:
+            return Reply(response.status, await _bounded(response), _asked_pause(response.headers))
+
+    def _answer_of(self, reply: Reply) -> Answer:
+        body = _decode(reply.raw)
+        if reply.status >= 400:
+            return self._error_of(reply, body)
+        if reply.status != 200 or not isinstance(body, dict):
+            return _error(502, f"The remote engine gave no JSON answer (HTTP {reply.status})")
+        if "model" in body:
+            body["model"] = self.spec.name
+        return Answer(200, _encode(body), Usage.of(body.get("usage")))
+
+    def _error_of(self, reply: Reply, body: Any) -> Answer:
+        """The remote's error in OpenAI's shape, whatever shape it had."""
+        if reply.status in (401, 403):  # about our secret, and nothing that a tenant can mend
+            return _error(reply.status, "The remote engine refuses this portal's secret")
+        error = body.get("error", body) if isinstance(body, dict) else None
+        if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+            text = error if isinstance(error, str) else reply.raw[:500].decode(errors="replace")
+            return _error(reply.status, self._scrubbed(text) or f"HTTP {reply.status}")
+        return _error(
+            reply.status,
+            self._scrubbed(error["message"]),
+            kind=error.get("type"),
+            param=error.get("param"),
+            code=error.get("code"),
+        )
+
+    def _scrubbed(self, text: str) -> str:
+        return text.replace(self.spec.secret, "…") if self.spec.secret else text
+
+    async def unload(self) -> None:
+        """Close the connections. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    def pids(self) -> list[int]:
+        """None: the engine runs elsewhere."""
+        return []
+
+
+def _number(value: Any, name: str, least: float) -> float:
+    """An option's value, or its default; LoadFailed when it is no number or too small."""
+    if value is None:
+        return OPTIONS[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        raise LoadFailed(f"engine_args: {name} must be a number of at least {least:g}")
+    return float(value)
+
+
+def _root(base_url: str) -> str:
+    """The address before `/v1`; raises LoadFailed for what is no plain web address."""
+    try:
+        parts = urlsplit(base_url)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:
+        known = False
+    if not known:
+        raise LoadFailed("base_url must be an http or https address")
+    if parts.username or parts.password:
+        raise LoadFailed("base_url must not hold a password: the secret has its own field")
+    if parts.query or parts.fragment:
+        raise LoadFailed("base_url must end with its path")
+    return base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+    raw = bytearray()
+    async for chunk in response.content.iter_chunked(1 << 16):
+        raw += chunk
+        if len(raw) > BODY_LIMIT:
+            raise _TooLongError
+    return bytes(raw)
+
+
+def _asked_pause(headers: Any) -> float | None:
+    """Seconds that `retry-after-ms` or `retry-after` ask for, as OpenAI's clients read them."""
+    for name, factor in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers[name]) * factor
+        except (KeyError, ValueError):
+            continue
+        return seconds if 0 <= seconds < float("inf") else None
+    try:
+        then = parsedate_to_datetime(headers["retry-after"])
+    except (KeyError, ValueError, TypeError):
+        return None
+    return float(max(0.0, then.timestamp() - time.time()))
+
+
+def _encode(body: Any) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except TypeError:  # integers beyond 64 bits and lone surrogates
+        return json.dumps(body).encode()
+
+
+def _decode(raw: bytes) -> Any:
+    for loads in (orjson.loads, json.loads):  # the second reads what the first is too strict for
+        try:
+            return loads(raw)
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+def _made_up(status: int, message: str) -> Reply:
+    return Reply(status, _error(status, message).body)
+
+
+def _error(
+    status: int, message: str, *, kind: Any = None, param: Any = None, code: Any = None
+) -> Answer:
+    kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return Answer(status, _encode({"error": error}))
