@@ -78,7 +78,9 @@ class Project(models.Model):
 
     class Meta:
         constraints = [
-            models.UniqueConstraint(fields=["organization", "name"], name="project_name_in_organization")
+            models.UniqueConstraint(
+                fields=["organization", "name"], name="project_name_in_organization"
+            )
         ]
 
     def __str__(self) -> str:

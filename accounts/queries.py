@@ -31,7 +31,9 @@ def caller_of_user(user: User, slug: str | None = None) -> Caller | None:
     """A signed-in person in one of their organizations: the named one, else the oldest."""
     with scopes_disabled():
         mine = Membership.objects.filter(user=user).select_related("organization").order_by("id")
-        membership = (mine.filter(organization__slug=slug).first() if slug else None) or mine.first()
+        membership = (
+            mine.filter(organization__slug=slug).first() if slug else None
+        ) or mine.first()
         if membership is None:
             return None
         project = Project.objects.filter(organization=membership.organization).order_by("id")[0]

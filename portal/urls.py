@@ -14,4 +14,6 @@ urlpatterns = [
     path("v1/", api.urls),
     path("accounts/", include("allauth.urls")),
     path("", batches.batch_list, name="home"),
+    path("batches/<str:batch_id>/cancel", batches.cancel_batch, name="cancel_batch"),
+    path("files/<str:file_id>/content", batches.file_content, name="file_content"),
 ]
