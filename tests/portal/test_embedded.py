@@ -102,10 +102,7 @@ def pids(data_dir: Path, services: Services) -> list[int]:
     client: Any = redis.Redis.from_url(services.redis_url)
     valkey = int(client.info("server")["process_id"])
     client.close()
-    return [
-        int((data_dir / "postgres" / "postmaster.pid").read_text().split()[0]),
-        valkey,
-    ]
+    return [int((data_dir / "postgres" / "postmaster.pid").read_text().split()[0]), valkey]
 
 
 def is_alive(pid: int) -> bool:
@@ -138,9 +135,7 @@ def told(owner: subprocess.Popen[str]) -> Services:
     return Services(**json.loads(owner.stdout.readline()))
 
 
-def test_what_was_saved_is_there_after_a_restart_on_the_same_ports(
-    data_dir: Path,
-) -> None:
+def test_what_was_saved_is_there_after_a_restart_on_the_same_ports(data_dir: Path) -> None:
     with embedded.running(data_dir) as first:
         save(first, "one")
         numbers = pids(data_dir, first)
@@ -154,21 +149,12 @@ def test_what_was_saved_is_there_after_a_restart_on_the_same_ports(
 def test_the_database_is_utf8_durable_and_asks_for_the_password(data_dir: Path) -> None:
     with embedded.running(data_dir) as services:
         with psycopg.connect(services.database_url) as connection:
-            names = (
-                "server_encoding",
-                "fsync",
-                "synchronous_commit",
-                "max_connections",
-            )
+            names = ("server_encoding", "fsync", "synchronous_commit", "max_connections")
             values = [connection.execute(f"SHOW {name}").fetchone() for name in names]
         assert values == [("UTF8",), ("on",), ("on",), ("200",)]
         with pytest.raises(psycopg.OperationalError, match="password"):
-            psycopg.connect(
-                f"postgresql://portal:x@127.0.0.1:{port_of(data_dir, 'postgres')}"
-            )
-        with socket.create_connection(
-            ("127.0.0.1", port_of(data_dir, "valkey"))
-        ) as link:
+            psycopg.connect(f"postgresql://portal:x@127.0.0.1:{port_of(data_dir, 'postgres')}")
+        with socket.create_connection(("127.0.0.1", port_of(data_dir, "valkey"))) as link:
             link.sendall(b"PING\r\n")
             assert link.recv(100) == b"-NOAUTH Authentication required.\r\n"
 
@@ -211,9 +197,7 @@ def test_a_busy_session_of_a_killed_server_does_not_stop_the_next(
     busy.close()
 
 
-def test_a_stale_pid_file_that_names_a_living_stranger_is_no_obstacle(
-    data_dir: Path,
-) -> None:
+def test_a_stale_pid_file_that_names_a_living_stranger_is_no_obstacle(data_dir: Path) -> None:
     with embedded.running(data_dir) as services:
         save(services, "one")
         pid_file = data_dir / "postgres" / "postmaster.pid"
@@ -247,8 +231,7 @@ def test_lost_passwords_are_replaced_and_the_data_is_kept(data_dir: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("damage", "left"),
-    [(b"", ["one", "two"]), (b"*3\r\n$5\r\nRPU", ["one", "two"]), (b"x", [])],
+    ("damage", "left"), [(b"", ["one", "two"]), (b"*3\r\n$5\r\nRPU", ["one", "two"]), (b"x", [])]
 )
 def test_a_damaged_append_only_file_does_not_stop_valkey(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes, left: list[str]
@@ -270,10 +253,7 @@ def test_a_port_that_somebody_else_took_is_replaced(data_dir: Path) -> None:
     with embedded.running(data_dir) as services:
         save(services, "one")
     old = port_of(data_dir, "postgres")
-    with (
-        socket.create_server(("127.0.0.1", old)),
-        embedded.running(data_dir) as services,
-    ):
+    with socket.create_server(("127.0.0.1", old)), embedded.running(data_dir) as services:
         assert port_of(data_dir, "postgres") != old
         assert saved(services) == (["one"], ["one"])
 
@@ -306,16 +286,11 @@ def test_what_the_environment_names_is_not_started(
     data_dir = open_folder / "var"
     (tmp_path / "url").write_text("scheme://elsewhere/0\n")
     is_file = variable.endswith("_FILE")
-    monkeypatch.setenv(
-        variable, str(tmp_path / "url") if is_file else "scheme://elsewhere/0"
-    )
+    monkeypatch.setenv(variable, str(tmp_path / "url") if is_file else "scheme://elsewhere/0")
     with embedded.running(data_dir) as services:
         given_database = services.database_url == "scheme://elsewhere/0"
         given_redis = services.redis_url == "scheme://elsewhere/0"
-    assert (given_database, given_redis) == (
-        variable[:5] == "DATAB",
-        variable[:5] == "REDIS",
-    )
+    assert (given_database, given_redis) == (variable[:5] == "DATAB", variable[:5] == "REDIS")
     assert (data_dir / "postgres").exists() is not given_database
     assert (data_dir / "valkey").exists() is not given_redis
 
@@ -323,7 +298,8 @@ def test_what_the_environment_names_is_not_started(
 @as_root
 def test_root_becomes_an_ordinary_user_without_any_capability(data_dir: Path) -> None:
     account = embedded.account_for(data_dir)
-    assert account and account.uid != 0
+    assert account
+    assert account.uid != 0
     with embedded.running(data_dir) as services:
         for pid in pids(data_dir, services):
             status = Path(f"/proc/{pid}/status").read_text()
@@ -332,9 +308,7 @@ def test_root_becomes_an_ordinary_user_without_any_capability(data_dir: Path) ->
 
 
 @as_root
-def test_a_closed_folder_above_costs_one_capability_and_stays_closed(
-    open_folder: Path,
-) -> None:
+def test_a_closed_folder_above_costs_one_capability_and_stays_closed(open_folder: Path) -> None:
     closed = open_folder / "home"
     closed.mkdir(mode=0o700)
     with embedded.running(closed / "var") as services:

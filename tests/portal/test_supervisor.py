@@ -12,6 +12,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,13 +69,7 @@ else:
 
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in (
-        "DATABASE_URL",
-        "DATABASE_URL_FILE",
-        "REDIS_URL",
-        "REDIS_URL_FILE",
-        "BASE_URL",
-    ):
+    for name in ("DATABASE_URL", "DATABASE_URL_FILE", "REDIS_URL", "REDIS_URL_FILE", "BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "manage.py").write_text(MANAGE)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -85,12 +81,18 @@ def stand_in(data_dir: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-c", STAND_IN, str(data_dir.parent), *arguments]
 
 
+@contextmanager
+def serving(data_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    serve = subprocess.Popen(stand_in(data_dir, "serve", "--port", "0"), stdout=subprocess.DEVNULL)
+    try:
+        yield serve
+    finally:
+        serve.kill()
+        serve.wait()
+
+
 def child(name: str, script: str, **options: Any) -> Child:
-    return Child(
-        name,
-        partial(supervisor.spawn, ["sh", "-c", script], dict(os.environ)),
-        **options,
-    )
+    return Child(name, partial(supervisor.spawn, ["sh", "-c", script], dict(os.environ)), **options)
 
 
 def is_alive(pid: int) -> bool:
@@ -105,9 +107,7 @@ def all_end(numbers: list[int]) -> bool:
 
 
 def pid_in(file: Path) -> int:
-    assert embedded.wait_until(
-        lambda: file.exists() and file.read_text().endswith("\n"), 30
-    )
+    assert embedded.wait_until(lambda: file.exists() and file.read_text().endswith("\n"), 30)
     return int(file.read_text())
 
 
@@ -131,15 +131,14 @@ def children_of(kept: Supervisor) -> dict[str, int]:
     return found
 
 
-def test_a_child_that_is_killed_is_started_again_and_the_state_names_it(
-    tmp_path: Path,
-) -> None:
+def test_a_child_that_is_killed_is_started_again_and_the_state_names_it(tmp_path: Path) -> None:
     kept = Supervisor(tmp_path / "serve.json", 8123)
     kept.keep([child("one", "exec sleep 600"), child("two", "exec sleep 600")])
     before = children_of(kept)
     os.kill(before["one"], signal.SIGKILL)
     after = keep_until(kept, "one", before["one"])
     assert json.loads(kept.state.read_text()) == {
+        "address": "http://127.0.0.1:8123",
         "port": 8123,
         "pid": os.getpid(),
         "ready": False,
@@ -171,9 +170,7 @@ def test_a_child_that_cannot_be_started_is_tried_again_later() -> None:
     assert absent.due > time.monotonic()
 
 
-def test_what_a_dead_child_left_in_its_group_ends_before_the_next_start(
-    tmp_path: Path,
-) -> None:
+def test_what_a_dead_child_left_in_its_group_ends_before_the_next_start(tmp_path: Path) -> None:
     file = tmp_path / "pid"
     kept = Supervisor(tmp_path / "serve.json", 8123)
     kept.keep([child("one", f"sleep 600 & echo $! > {file}; wait")])
@@ -190,9 +187,7 @@ def test_stop_signals_only_the_main_process_and_kills_the_whole_group_that_stays
 ) -> None:
     file, said = tmp_path / "pid", tmp_path / "said"
     below = f"trap 'echo below >> {said}' TERM; echo $$ > {file}; while :; do sleep 0.1; done"
-    stubborn = (
-        f'trap "echo main >> {said}" TERM; sh -c "{below}" & while :; do wait; done'
-    )
+    stubborn = f'trap "echo main >> {said}" TERM; sh -c "{below}" & while :; do wait; done'
     kept = Supervisor(tmp_path / "serve.json", 8123)
     kept.keep([child("one", stubborn, patience=2.0)])
     numbers = [pid_in(file), children_of(kept)["one"]]
@@ -205,7 +200,9 @@ def test_the_last_layer_is_stopped_first(tmp_path: Path) -> None:
     said, up = tmp_path / "said", tmp_path / "up"
     kept = Supervisor(tmp_path / "serve.json", 8123)
     for name in ("database", "web"):
-        script = f"trap 'echo {name} >> {said}; exit' TERM; echo >> {up}; while :; do sleep 0.1; done"
+        script = (
+            f"trap 'echo {name} >> {said}; exit' TERM; echo >> {up}; while :; do sleep 0.1; done"
+        )
         kept.keep([child(name, script)])
     assert embedded.wait_until(lambda: up.exists() and up.read_text() == "\n\n", 30)
     kept.stop()
@@ -216,13 +213,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     up = tmp_path / "up"
     kept = Supervisor(tmp_path / "serve.json", 8123, signals=2)
     kept.keep(
-        [
-            child(
-                "one",
-                f"trap '' TERM; echo > {up}; while :; do sleep 0.1; done",
-                patience=1e9,
-            )
-        ]
+        [child("one", f"trap '' TERM; echo > {up}; while :; do sleep 0.1; done", patience=1e9)]
     )
     assert embedded.wait_until(up.exists, 30)
     pid = children_of(kept)["one"]
@@ -231,46 +222,37 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
 
 
 def test_serve_brings_everything_back_and_leaves_nothing(data_dir: Path) -> None:
-    serve = subprocess.Popen(
-        stand_in(data_dir, "serve", "--port", "0"), stdout=subprocess.DEVNULL
-    )
-    address = supervisor.wait_ready(data_dir, 120)
-    before = current(data_dir)
-    assert address == f"http://127.0.0.1:{before['port']}"
-    assert before["pid"] == serve.pid
-    assert sorted(before["children"]) == ["postgres", "valkey", "web"]
-    services = embedded.urls(data_dir)
-    for pid in before["children"].values():
-        os.kill(pid, signal.SIGKILL)
+    with serving(data_dir) as serve:
+        address = supervisor.wait_ready(data_dir, 120)
+        before = current(data_dir)
+        assert address == f"http://127.0.0.1:{before['port']}"
+        assert before["pid"] == serve.pid
+        assert sorted(before["children"]) == ["postgres", "valkey", "web"]
+        services = embedded.urls(data_dir)
+        for pid in before["children"].values():
+            os.kill(pid, signal.SIGKILL)
 
-    def all_new() -> bool:
-        now = current(data_dir)["children"]
-        return len(now) == 3 and not set(now.values()) & set(
-            before["children"].values()
-        )
+        def all_new() -> bool:
+            now = current(data_dir)["children"]
+            return len(now) == 3 and not set(now.values()) & set(before["children"].values())
 
-    assert embedded.wait_until(all_new, 60)
-    assert embedded.wait_until(lambda: supervisor.is_ready(before["port"], address), 60)
-    with embedded.running(
-        data_dir
-    ) as again:  # answering, and not ours: serve has the lock
-        assert again == services
-    numbers = current(data_dir)["children"].values()
-    serve.terminate()
-    assert serve.wait(60) == 0
+        assert embedded.wait_until(all_new, 60)
+        assert embedded.wait_until(lambda: supervisor.is_ready(address, address), 60)
+        with embedded.running(data_dir) as again:  # answering, and not ours: serve has the lock
+            assert again == services
+        numbers = list(current(data_dir)["children"].values())
+        serve.terminate()
+        assert serve.wait(60) == 0
     assert not any(is_alive(pid) for pid in numbers)
     assert not (data_dir / "serve.json").exists()
 
 
 def test_kill_9_of_serve_ends_all_and_the_next_one_starts(data_dir: Path) -> None:
-    command = stand_in(data_dir, "serve", "--port", "0")
     for _ in range(2):
-        serve = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        supervisor.wait_ready(data_dir, 120)
-        assert current(data_dir)["pid"] == serve.pid
-        numbers = list(current(data_dir)["children"].values())
-        serve.kill()
-        serve.wait()
+        with serving(data_dir) as serve:
+            supervisor.wait_ready(data_dir, 120)
+            assert current(data_dir)["pid"] == serve.pid
+            numbers = list(current(data_dir)["children"].values())
         assert all_end(numbers)
 
 
@@ -284,19 +266,14 @@ def test_a_second_serve_on_the_same_folder_says_so(data_dir: Path) -> None:
             stand_in(data_dir, "serve"), capture_output=True, text=True, check=False
         )
     assert done.returncode == 1
-    assert (
-        done.stderr == f"serve: another serve (pid 4321) already runs on {data_dir}\n"
-    )
+    assert done.stderr == f"serve: another serve (pid 4321) already runs on {data_dir}\n"
 
 
 def test_a_taken_port_is_named_in_one_line(data_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = subprocess.run(
-            stand_in(data_dir, "serve", "--port", port),
-            capture_output=True,
-            text=True,
-            check=False,
+            stand_in(data_dir, "serve", "--port", port), capture_output=True, text=True, check=False
         )
     assert done.returncode == 1
     assert done.stderr == f"serve: port {port} is taken: choose another with --port\n"
@@ -305,19 +282,14 @@ def test_a_taken_port_is_named_in_one_line(data_dir: Path) -> None:
 def test_a_failing_migration_is_shown_and_nothing_is_left(data_dir: Path) -> None:
     (data_dir.parent / "manage.py").write_text("raise SystemExit('no such column')")
     done = subprocess.run(
-        stand_in(data_dir, "serve", "--port", "0"),
-        capture_output=True,
-        text=True,
-        check=False,
+        stand_in(data_dir, "serve", "--port", "0"), capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr == "serve: migrate failed:\nno such column\n"
     assert not (data_dir / "postgres" / "postmaster.pid").exists()
 
 
-def test_manage_migrates_once_and_prints_only_what_the_command_prints(
-    data_dir: Path,
-) -> None:
+def test_manage_migrates_once_and_prints_only_what_the_command_prints(data_dir: Path) -> None:
     for _ in range(2):
         done = subprocess.run(
             stand_in(data_dir, "manage", "create_org", "--name", "a b"),
@@ -327,10 +299,7 @@ def test_manage_migrates_once_and_prints_only_what_the_command_prints(
             check=False,
         )
         assert done.returncode == 7
-        assert (done.stdout, done.stderr) == (
-            "['create_org', '--name', 'a b'] typed 1\n",
-            "",
-        )
+        assert (done.stdout, done.stderr) == ("['create_org', '--name', 'a b'] typed 1\n", "")
 
 
 def test_wait_ready_is_not_fooled_by_what_a_dead_serve_left(tmp_path: Path) -> None:
@@ -343,9 +312,7 @@ def test_wait_ready_is_not_fooled_by_what_a_dead_serve_left(tmp_path: Path) -> N
         supervisor.wait_ready(tmp_path, 0.3)
 
 
-def test_gpu_workers_get_a_gpu_where_there_is_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gpu_workers_get_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "gpu_count", lambda: 1)
     assert supervisor._gpu_worker(0) == ["worker", "--name", "gpu0", "--gpu", "0"]
     assert supervisor._gpu_worker(1) == ["worker", "--name", "gpu1"]

@@ -1,0 +1,183 @@
+"""The heartbeat: leases kept, the worker's row written, whatever the loop and the database do."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import OperationalError
+from django.utils import timezone
+
+from batches.services import batches, leases
+from batches.services.leases import Lease
+from models_registry.models import Model
+from tests import jobs
+from tests.conftest import Person
+from tests.jobs import wait_for
+from worker import heartbeat as heartbeats
+from worker.heartbeat import Heartbeat
+from worker.loop import LeaseLoop
+from worker.models import Worker, WorkerState
+
+pytestmark = [
+    pytest.mark.django_db,
+    pytest.mark.usefixtures("own_storage", "wakeups_sent", "echo"),
+]
+
+
+class Loop(LeaseLoop):
+    """A loop that holds what a test says, and remembers what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("gpu0", gpu=1)
+        self.holding: list[Lease] = []
+        self.told: list[tuple[int, bool]] = []
+
+    def held(self) -> list[Lease]:
+        return self.holding
+
+    def let_go(self, lease: Lease, *, lost: bool) -> None:
+        self.told.append((lease.chunk_id, lost))
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made._database.close()
+
+
+def beat(loop: Loop) -> Worker:
+    Heartbeat(loop)._try_beat()
+    return Worker.objects.get()
+
+
+def test_a_beat_writes_what_the_worker_does(loop: Loop) -> None:
+    before = timezone.now()
+    loop.status.state, loop.status.loaded = WorkerState.RUNNING, "echo"
+    loop.status.in_flight, loop.status.loads, loop.status.error = 7, 3, "why"
+    row = beat(loop)
+    assert (row.name, row.gpu, row.pid) == ("gpu0", 1, os.getpid())
+    assert (row.state, row.loaded_model, row.in_flight) == ("running", "echo", 7)
+    assert (row.swaps, row.error) == (3, "why")
+    assert row.heartbeat_at >= before
+
+
+def test_a_worker_has_one_row_in_all_its_lives(loop: Loop) -> None:
+    first = beat(loop)
+    loop.status.state = WorkerState.STOPPED
+    again = beat(loop)
+    assert (again.pk, again.state) == (first.pk, "stopped")
+
+
+def test_a_beat_keeps_the_leases(owner: Person, loop: Loop) -> None:
+    jobs.running(owner.caller, 3)
+    loop.holding = [jobs.lease()]
+    jobs.expire_lease(loop.holding[0].chunk_id)
+    beat(loop)
+    assert leases.release_expired() == 0
+    assert loop.told == []
+
+
+def test_the_loop_is_told_of_leases_that_are_lost_and_batches_that_end(
+    owner: Person, loop: Loop, settings: Any
+) -> None:
+    settings.CHUNK_REQUESTS = 2
+    batch, other = jobs.running(owner.caller, 4), jobs.running(owner.caller, 2)
+    lost, ending, fine = jobs.lease(), jobs.lease(), jobs.lease()
+    assert fine.batch_id == other.pk
+    loop.holding = [lost, ending, fine]
+    batches.cancel_batch(actor=owner.caller, batch=batch)
+    jobs.bump_token(lost.chunk_id)
+    beat(loop)
+    assert loop.told == [(lost.chunk_id, True), (ending.chunk_id, False)]
+
+
+def test_trap_07_a_beat_goes_on_while_the_loop_is_busy(loop: Loop) -> None:
+    """The thread has its own clock and connection: nothing of the loop runs here at all."""
+    loop.status.state = WorkerState.LOADING
+    assert beat(loop).state == "loading"
+    assert beat(loop).state == "loading"
+
+
+def test_draining_is_read_from_the_row_and_kept(loop: Loop) -> None:
+    beat(loop)
+    assert loop.draining is False
+    Worker.objects.update(draining=True)
+    assert beat(loop).draining is True
+    assert loop.draining is True
+
+
+@pytest.mark.parametrize("error", [OperationalError("away"), ValueError("a bug")])
+@pytest.mark.django_db(transaction=True)
+def test_a_beat_that_fails_is_followed_by_the_next(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(held: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(leases, "renew", fail)
+        Heartbeat(loop)._try_beat()
+    assert Worker.objects.count() == 0
+    assert beat(loop).name == "gpu0"
+
+
+def test_the_models_speed_is_noted_while_it_runs(
+    loop: Loop, echo: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: now)
+    heart = Heartbeat(loop)
+    loop.status.state, loop.status.loaded = WorkerState.RUNNING, "echo"
+    loop.status.in_flight, loop.status.capacity = 4, 8
+    speeds = []
+    for tokens in (1_000, 3_000, 3_000):
+        now += 2
+        loop.status.tokens = tokens
+        heart._beat()
+        echo.refresh_from_db()
+        speeds.append((Worker.objects.get().tokens_per_second, echo.tokens_per_second))
+    assert speeds == [(500, None), (1_000, 1_000), (0, 1_000)]
+
+
+@pytest.mark.parametrize(("state", "in_flight"), [("idle", 0), ("running", 0), ("running", 3)])
+def test_a_worker_that_is_not_busy_measures_nothing(
+    loop: Loop, echo: Model, state: str, in_flight: int
+) -> None:
+    heart = Heartbeat(loop)
+    loop.status.state, loop.status.loaded = state, "echo"
+    loop.status.in_flight, loop.status.capacity = in_flight, 8
+    for tokens in (5, 10):
+        loop.status.tokens = tokens
+        heart._beat()
+    echo.refresh_from_db()
+    assert echo.tokens_per_second is None
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_thread_beats_until_the_loop_has_stopped_and_once_more(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(heartbeats, "LONGEST_SECONDS", 0.01)
+    heart = Heartbeat(loop)
+    heart.start()
+    wait_for(lambda: Worker.objects.exists())
+    first = Worker.objects.get().heartbeat_at
+    wait_for(lambda: Worker.objects.get().heartbeat_at > first)
+    loop.status.state = WorkerState.STOPPED
+    loop.stopped.set()
+    heart.join(60)
+    assert Worker.objects.get().state == "stopped"
+    assert heart not in threading.enumerate()
+
+
+def test_it_beats_three_times_a_lease(loop: Loop, settings: Any) -> None:
+    settings.LEASE_SECONDS = 6
+    assert Heartbeat(loop)._every == 2
+    settings.LEASE_SECONDS = 600
+    assert Heartbeat(loop)._every == 3
