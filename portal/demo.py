@@ -167,8 +167,10 @@ def _account(options: argparse.Namespace) -> dict[str, str]:
 def _models(options: argparse.Namespace) -> list[tuple[str, str]]:
     """Register what the demo runs; returns names and tasks."""
     if options.model:
-        _register(options, options.model, options.model, "chat")
-        return [(options.model, "chat")]
+        folder = Path(options.model).expanduser()
+        name = folder.resolve().name if folder.is_dir() else options.model
+        _register(options, name, options.model, "chat")
+        return [(name, "chat")]
     folder = options.data_dir / "models"
     done = "taking the" if folder.exists() else "making"
     say(f"{done} tiny models of random weights (their answers are noise; --model takes a real one)")

@@ -79,7 +79,7 @@ def _celery(name: str, loop: object) -> None:
     from celery.signals import worker_shutting_down
 
     worker_shutting_down.connect(lambda **_: loop.stop(), weak=False)  # type: ignore[attr-defined]
-    arguments = ["worker", "--queues=gpu", "--pool=threads", "--concurrency=1"]
+    arguments = ["--quiet", "worker", "--queues=gpu", "--pool=threads", "--concurrency=1"]
     arguments += [f"--hostname={name}@%h", "--without-gossip", "--without-mingle"]
     try:
         current_app.worker_main([*arguments, "--without-heartbeat", "--loglevel=INFO"])
