@@ -179,7 +179,7 @@ class LeaseLoop:
             self.status.state = WorkerState.IDLE
             return
         self._loading_for = lease
-        loaded = await self._have(lease.model)
+        loaded = await self._ensure_loaded(lease.model)
         wanted, self._loading_for = self._loading_for is not None, None
         if loaded and wanted and not self._stopping:
             await self._take(lease)
@@ -225,7 +225,7 @@ class LeaseLoop:
         self._works.append(taken)
         self._changed.set()
 
-    async def _have(self, name: str) -> bool:
+    async def _ensure_loaded(self, name: str) -> bool:
         """Make sure that this model is loaded as the registry has it now."""
         try:
             spec = await self._database.run(_spec_named, name)
@@ -419,7 +419,7 @@ class LeaseLoop:
         name = self.status.loaded
         await self._unload()
         self._engine_dead = False
-        if not await self._have(name):
+        if not await self._ensure_loaded(name):
             await self._give_all_back()
 
     async def _stop_flying(self, wait: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 import pytest
 from django.utils import timezone
+from django_scopes import scopes_disabled
 
 from batches import index, storage
 from batches.models import Batch, File
@@ -237,6 +238,8 @@ def test_a_batch_that_failed_stays_failed(owner: Person) -> None:
 
 def test_a_batch_that_nobody_knows_is_no_error() -> None:
     validate_batch("batch_none")
+    with scopes_disabled():
+        assert not Batch.objects.exists()
 
 
 def test_the_index_of_the_one_that_came_too_late_is_removed(
