@@ -37,5 +37,27 @@ class NotFound(ApiError):
     status = 404
 
 
+class Gone(ApiError):
+    """It was there once, or never was: which of the two is not said."""
+
+    status = 410
+
+
 class TooLarge(ApiError):
     status = 413
+
+
+class QuotaExceeded(ApiError):
+    """Too much is used or spoken for; trying again at once will not help."""
+
+    status = 429
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
+        self.headers["x-should-retry"] = "false"
+
+
+class Unavailable(ApiError):
+    """Something that we need is away for now; the caller may try again."""
+
+    status = 503

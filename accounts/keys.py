@@ -41,6 +41,11 @@ def parse(text: str) -> KeyText | None:
     return KeyText(parts[2], parts[3])
 
 
+def redacted(prefix: str) -> str:
+    """What may be shown of a key: enough to tell it from others, nothing to use it by."""
+    return f"sk-vbp-{prefix}-•••"
+
+
 def _random(length: int) -> str:
     return "".join(secrets.choice(_ALPHABET) for _ in range(length))
 

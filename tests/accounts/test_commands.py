@@ -46,9 +46,9 @@ def test_a_weak_password_makes_nothing(monkeypatch: pytest.MonkeyPatch, password
     assert (Organization.objects.count(), User.objects.count()) == (0, 0)
 
 
-@pytest.mark.parametrize("email", ["", "ann", "ann@", "a b@acme.test"])
+@pytest.mark.parametrize("email", ["", "ann", "ann@", "a b@acme.test", "a@\u0660a\u05d0.test"])
 def test_an_email_that_is_none_makes_nothing(email: str) -> None:
-    with pytest.raises(CommandError, match="valid email"):
+    with pytest.raises(CommandError, match="not an email address"):
         run("create_org", "Acme", "--owner", email)
     assert Organization.objects.count() == 0
 
@@ -64,6 +64,35 @@ def test_create_api_key_prints_a_key_that_works_and_nothing_else(owner: Person) 
     assert caller is not None
     assert (caller.organization.slug, caller.user) == ("acme", owner.user)
     assert printed.count("\n") == 1
+
+
+def test_create_api_key_makes_the_key_of_a_member_that_is_named(
+    owner: Person, teammate: Person
+) -> None:
+    printed = run("create_api_key", "--org=acme", "--name=CI", "--owner=Teammate@acme.test")
+    caller = caller_of_key(printed.removesuffix("\n"))
+    assert caller is not None
+    assert (caller.user, caller.role) == (teammate.user, "member")
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing"),
+    [
+        ([], "owner who can sign in"),
+        (["--owner=owner@acme.test"], "member 'owner@acme.test'"),
+        (["--owner=stranger@globex.test"], "member 'stranger@globex.test'"),
+    ],
+)
+def test_create_api_key_makes_no_service_key_unasked(
+    flags: list[str], missing: str, owner: Person, stranger: Person
+) -> None:
+    User.objects.filter(pk=owner.user.pk).update(is_active=False)
+    with pytest.raises(CommandError) as caught:
+        run("create_api_key", "--org=acme", "--name=CI", *flags)
+    assert str(caught.value) == f"acme has no {missing}: use --service, or --owner EMAIL."
+    run("create_api_key", "--org=acme", "--name=CI", "--service")
+    with scope(organization=owner.caller.organization):
+        assert ApiKey.objects.get(name="CI").created_by is None
 
 
 def test_create_api_key_takes_scopes(owner: Person) -> None:

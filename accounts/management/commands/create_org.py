@@ -8,10 +8,10 @@ from typing import Any
 from django.contrib.auth.password_validation import validate_password
 from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.core.validators import validate_email
 
-from accounts import services
+from accounts.addresses import checked_email
 from accounts.errors import ApiError
+from accounts.services import organizations
 
 
 class Command(BaseCommand):
@@ -29,11 +29,11 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         password = sys.stdin.readline().rstrip("\r\n") if options["password_stdin"] else None
         try:
-            validate_email(options["owner"])
+            email = checked_email(options["owner"])
             if options["password_stdin"]:
                 validate_password(password or "")
-            organization, _ = services.create_organization(
-                name=options["name"], owner_email=options["owner"], password=password
+            organization, _ = organizations.create_organization(
+                name=options["name"], owner_email=email, password=password
             )
         except ValidationError as error:
             raise CommandError(" ".join(error.messages)) from error

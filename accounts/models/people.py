@@ -1,16 +1,16 @@
-"""Who calls: people, organizations, projects, memberships and API keys.
+"""People, the organizations they belong to, and how they come to belong to one.
 
-What they may reach is decided in `access.py`; how rows come to be is in `services.py`.
+What a role may do is in `accounts/roles.py`; who may reach what is decided in `access.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from django.apps import apps
 from django.contrib.auth.base_user import AbstractBaseUser, BaseUserManager
 from django.contrib.auth.models import PermissionsMixin
-from django.contrib.postgres.fields import ArrayField
-from django.db import models
+from django.db import models, transaction
 from django.db.models.functions import Lower
 from django.utils import timezone
 from django_scopes import ScopedManager
@@ -19,10 +19,15 @@ from accounts import ids
 
 
 class UserManager(BaseUserManager["User"]):
+    @transaction.atomic
     def create_user(self, email: str, password: str | None = None, **fields: Any) -> User:
         user = self.model(email=self.normalize_email(email), **fields)
         user.set_password(password)
         user.save(using=self._db)
+        if apps.is_installed("allauth.account"):  # not on a GPU host
+            # Whoever makes people by this vouches for their address; who signs up confirms it.
+            emails = apps.get_model("account", "EmailAddress").objects
+            emails.create(user=user, email=email.lower(), verified=True, primary=True)
         return user
 
     def create_superuser(self, email: str, password: str | None = None, **fields: Any) -> User:
@@ -61,9 +66,17 @@ class Organization(models.Model):
     name = models.CharField(max_length=150)
     slug = models.SlugField(max_length=150, unique=True)
     created_at = models.DateTimeField(auto_now_add=True)
+    suspended_at = models.DateTimeField(null=True, blank=True)
+    suspended_why = models.CharField(max_length=500, blank=True, help_text="Shown to its members.")
+    deleted_at = models.DateTimeField(null=True, blank=True, help_text="Purged 30 days later.")
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def is_active(self) -> bool:
+        """Whether its work runs: neither suspended nor deleted."""
+        return self.suspended_at is None and self.deleted_at is None
 
 
 class Project(models.Model):
@@ -73,6 +86,7 @@ class Project(models.Model):
     organization = models.ForeignKey(Organization, models.CASCADE, related_name="projects")
     name = models.CharField(max_length=150)
     created_at = models.DateTimeField(auto_now_add=True)
+    archived_at = models.DateTimeField(null=True, blank=True)
 
     objects: ClassVar[models.Manager[Project]] = ScopedManager(organization="organization")
 
@@ -88,6 +102,8 @@ class Project(models.Model):
 
 
 class Role(models.TextChoices):
+    """What each may do is the table in `accounts/roles.py`."""
+
     OWNER = "owner"
     ADMIN = "admin"
     MEMBER = "member"
@@ -114,43 +130,41 @@ class Membership(models.Model):
         return f"{self.user}: {self.role}"
 
 
-class Scope(models.TextChoices):
-    """What an API key may be used for; `X.read` is the reading half of `X`."""
+class Invitation(models.Model):
+    """A link, sent by email, that lets one person join once in a role that was chosen for them."""
 
-    FILES = "files"
-    FILES_READ = "files.read"
-    BATCHES = "batches"
-    BATCHES_READ = "batches.read"
-    MODELS_READ = "models.read"
-    INFERENCE = "inference"
-
-
-class ApiKey(models.Model):
-    """A program's way in. The secret half is shown once and kept only as a peppered digest."""
-
-    id = models.CharField(primary_key=True, max_length=48, default=ids.key_id)
-    organization = models.ForeignKey(Organization, models.CASCADE, related_name="api_keys")
-    project = models.ForeignKey(Project, models.CASCADE, related_name="api_keys")
-    created_by = models.ForeignKey(User, models.SET_NULL, null=True, related_name="api_keys")
-    name = models.CharField(max_length=150)
-    prefix = models.CharField(max_length=32, unique=True)
-    digest = models.CharField(max_length=64)
-    scopes = ArrayField(models.CharField(max_length=32, choices=Scope))
+    id = models.CharField(primary_key=True, max_length=48, default=ids.invitation_id)
+    organization = models.ForeignKey(Organization, models.CASCADE, related_name="invitations")
+    email = models.EmailField()
+    role = models.CharField(max_length=16, choices=Role, default=Role.MEMBER)
+    digest = models.CharField(max_length=64, unique=True, help_text="Of the link's secret.")
+    invited_by = models.ForeignKey(User, models.SET_NULL, null=True, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
-    expires_at = models.DateTimeField(null=True)
+    expires_at = models.DateTimeField()
+    accepted_at = models.DateTimeField(null=True)
+    accepted_by = models.ForeignKey(User, models.SET_NULL, null=True, related_name="+")
     revoked_at = models.DateTimeField(null=True)
-    last_used_at = models.DateTimeField(null=True)
 
-    objects: ClassVar[models.Manager[ApiKey]] = ScopedManager(organization="organization")
+    objects: ClassVar[models.Manager[Invitation]] = ScopedManager(organization="organization")
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                "organization",
+                Lower("email"),
+                condition=models.Q(accepted_at__isnull=True, revoked_at__isnull=True),
+                name="one_open_invitation_a_person",
+            )
+        ]
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.prefix})"
+        return self.email
 
     @property
-    def is_usable(self) -> bool:
-        expired = self.expires_at is not None and self.expires_at <= timezone.now()
-        return self.revoked_at is None and not expired
-
-    def allows(self, scope: str) -> bool:
-        """Whether the key has the scope, or the whole of which it is the reading half."""
-        return scope in self.scopes or scope.removesuffix(".read") in self.scopes
+    def status(self) -> str:
+        """`pending`, `accepted`, `revoked` or `expired`."""
+        if self.accepted_at:
+            return "accepted"
+        if self.revoked_at:
+            return "revoked"
+        return "pending" if self.expires_at > timezone.now() else "expired"

@@ -1,0 +1,119 @@
+"""How much of each limit is used: reads only; `services/quotas.py` reserves and settles.
+
+Nothing is kept as a running total that could drift: a month is the sum of its usage records and
+of what unfinished batches, and real-time requests under way, have reserved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
+
+from django.db.models import Count, F, Max, Q, Sum
+from django.db.models.functions import Coalesce
+from django.utils import timezone
+from django_scopes import scopes_disabled
+
+from accounts.models import ApiKey, Organization, Quota, Reservation, UsageRecord, User
+from accounts.models.quotas import REAL_TIME
+
+Amount = int | Decimal
+QUOTAS = (
+    "tokens_per_month",
+    "budget_per_month",
+    "enqueued_tokens",
+    "concurrent_batches",
+    "requests_per_batch",
+    "storage_bytes",
+)
+
+StorageMeter = Callable[[Organization, User | None, ApiKey | None], int]
+_storage_meter: StorageMeter | None = None
+
+
+def measure_storage_with(meter: StorageMeter) -> None:
+    """Files are rows of an app above this one, which says here how to add up their bytes."""
+    global _storage_meter
+    _storage_meter = meter
+
+
+def quotas_of(organization: Organization, user: User | None, api_key: ApiKey | None) -> list[Quota]:
+    """The rows that limit a caller: the organization's, the person's, the key's; 0 to 3.
+
+    To be called with scopes disabled.
+    """
+    subject = Q(user=None, api_key=None)
+    if user is not None:
+        subject |= Q(user=user, api_key=None)
+    if api_key is not None:
+        subject |= Q(user=None, api_key=api_key)
+    return list(Quota.objects.filter(subject, organization=organization))
+
+
+def use_of(quota: Quota, *, model: str = "") -> dict[str, Amount]:
+    """How much of each limit its subject uses now, but for storage, in two queries.
+
+    Enqueued tokens are those of `model`. `requests_per_batch` limits each batch by itself: 0.
+    To be called with scopes disabled, as the rest of this module.
+    """
+    mine = _subject(quota)
+    reserved = Reservation.objects.filter(mine).aggregate(
+        batches=Count("pk", filter=~REAL_TIME),
+        held=Coalesce(Sum("tokens"), 0),
+        money=Coalesce(Sum("cost"), Decimal(0)),
+        enqueued=Coalesce(Sum("tokens", filter=Q(model=model) & ~REAL_TIME), 0),
+    )
+    month = UsageRecord.objects.filter(mine, day__gte=month_start()).aggregate(
+        tokens=Coalesce(Sum(F("input_tokens") + F("output_tokens")), 0),
+        money=Coalesce(Sum("cost"), Decimal(0)),
+    )
+    return {
+        "tokens_per_month": month["tokens"] + reserved["held"],
+        "budget_per_month": month["money"] + reserved["money"],
+        "enqueued_tokens": reserved["enqueued"],
+        "concurrent_batches": reserved["batches"],
+        "requests_per_batch": 0,
+    }
+
+
+def bytes_of(quota: Quota) -> int:
+    """Bytes that its subject keeps."""
+    if _storage_meter is None:
+        return 0
+    return _storage_meter(quota.organization, quota.user, quota.api_key)
+
+
+def quota_status(
+    organization: Organization, user: User | None = None, api_key: ApiKey | None = None
+) -> list[tuple[str, Amount | None, Amount]]:
+    """Each of `QUOTAS` for one subject: (field, limit or None, how much is used)."""
+    with scopes_disabled():
+        quota = Quota.objects.filter(
+            organization=organization, user=user, api_key=api_key
+        ).first() or Quota(organization=organization, user=user, api_key=api_key)
+        use = use_of(quota) | {
+            "storage_bytes": bytes_of(quota),
+            "enqueued_tokens": _most_enqueued(quota),
+        }
+        return [(field, getattr(quota, field), use[field]) for field in QUOTAS]
+
+
+def month_start() -> date:
+    """The first day of this month, by UTC."""
+    return timezone.now().date().replace(day=1)
+
+
+def _subject(quota: Quota) -> Q:
+    if quota.api_key_id:
+        return Q(organization=quota.organization_id, api_key=quota.api_key_id)
+    if quota.user_id:
+        return Q(organization=quota.organization_id, user=quota.user_id)
+    return Q(organization=quota.organization_id)
+
+
+def _most_enqueued(quota: Quota) -> int:
+    """Of the model that has most of them."""
+    by_model = Reservation.objects.filter(_subject(quota)).exclude(REAL_TIME).values("model")
+    sums = by_model.annotate(tokens_of_it=Sum("tokens"))
+    return sums.aggregate(most=Max("tokens_of_it"))["most"] or 0
