@@ -7,7 +7,7 @@ from ninja import Router
 
 from accounts.authentication import caller_of
 from accounts.errors import NotFound
-from models_registry.queries import offered_to
+from models_registry.queries import find_offered, offered_to
 from models_registry.schemas import ModelList, ModelOut
 
 router = Router(tags=["Models"])
@@ -22,9 +22,7 @@ def list_models(request: HttpRequest) -> ModelList:
 @router.get("/models/{path:model}", response=ModelOut, summary="Retrieve a model")
 def retrieve_model(request: HttpRequest, model: str) -> ModelOut:
     caller = caller_of(request, "models.read")
-    found = None
-    if "\0" not in model:
-        found = offered_to(caller.organization).filter(name=model).first()
+    found = find_offered(caller.organization, model)
     if found is None:
         raise NotFound(
             f"The model {model[:64]!r} does not exist or is not offered to your organization.",

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ninja import Schema
+from django.conf import settings
+from ninja import Field, Schema
 
 from models_registry.models import Model
+from models_registry.queries import prices_of
+
+
+class Pricing(Schema):
+    """Money for a million tokens."""
+
+    input: float
+    cached_input: float
+    output: float
+    currency: str
 
 
 class ModelOut(Schema):
@@ -14,10 +25,19 @@ class ModelOut(Schema):
     object: Literal["model"] = "model"
     created: int
     owned_by: str
+    pricing: Pricing = Field(description="Ours, beyond OpenAI's.")
 
     @classmethod
     def of(cls, model: Model) -> ModelOut:
-        return cls(id=model.name, created=int(model.created_at.timestamp()), owned_by="portal")
+        prices = prices_of(model)
+        pricing = Pricing(
+            input=float(prices.input),
+            cached_input=float(prices.cached),
+            output=float(prices.output),
+            currency=settings.CURRENCY,
+        )
+        created = int(model.created_at.timestamp())
+        return cls(id=model.name, created=created, owned_by="portal", pricing=pricing)
 
 
 class ModelList(Schema):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import orjson
@@ -10,8 +11,8 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from accounts.errors import ApiError
 from accounts.models import Organization
-from models_registry import services
-from models_registry.models import EngineKind, Task
+from models_registry import fit, queries, services
+from models_registry.models import EngineKind, Model, Task
 
 
 class Command(BaseCommand):
@@ -24,13 +25,33 @@ class Command(BaseCommand):
         parser.add_argument("--task", choices=Task.values, default=Task.CHAT)
         parser.add_argument("--engine", choices=EngineKind.values, default=EngineKind.VLLM)
         parser.add_argument("--base-url", default="", help="of the openai engine")
-        parser.add_argument(
-            "--secret-env", default="", metavar="NAME", help="variable with the bearer token"
+        secret = parser.add_mutually_exclusive_group()
+        secret.add_argument(
+            "--secret-env", metavar="NAME", help="variable with the bearer token; else as it was"
         )
-        parser.add_argument(
-            "--engine-arg", action="append", default=[], metavar="KEY=VALUE", dest="engine_args"
+        secret.add_argument("--no-secret", action="store_true")
+        engine_args = parser.add_mutually_exclusive_group()
+        engine_args.add_argument(
+            "--engine-arg",
+            action="append",
+            metavar="KEY=VALUE",
+            dest="engine_args",
+            help="these and no others; else as they were",
         )
-        parser.add_argument("--org", action="append", default=[], metavar="SLUG", dest="slugs")
+        engine_args.add_argument("--no-engine-args", action="store_true")
+        for kind in ("input", "cached", "output"):
+            parser.add_argument(
+                f"--{kind}-price", metavar="MONEY", help="for a million tokens; else as it was"
+            )
+        whose = parser.add_mutually_exclusive_group()
+        whose.add_argument(
+            "--org",
+            action="append",
+            metavar="SLUG",
+            dest="slugs",
+            help="offer it to these and no others; else as it was",
+        )
+        whose.add_argument("--everybody", action="store_true", help="offer it to everybody")
 
     def handle(self, *args: Any, **options: Any) -> None:
         try:
@@ -41,13 +62,36 @@ class Command(BaseCommand):
                 task=options["task"],
                 engine=options["engine"],
                 base_url=options["base_url"],
-                secret=_secret(options["secret_env"]),
-                engine_args=dict(_pair(text) for text in options["engine_args"]),
-                organizations=[_organization(slug) for slug in options["slugs"]],
+                secret="" if options["no_secret"] else _secret(options["secret_env"]),
+                engine_args={} if options["no_engine_args"] else _pairs(options["engine_args"]),
+                organizations=[] if options["everybody"] else _organizations(options["slugs"]),
+                input_price=_price(options["input_price"]),
+                cached_price=_price(options["cached_price"]),
+                output_price=_price(options["output_price"]),
             )
         except ApiError as error:
             raise CommandError(error.message) from error
         self.stdout.write(model.name)
+        for words in _warnings(model):
+            self.stderr.write(self.style.WARNING(f"warning: {model.name} {words}"))
+
+
+def _warnings(model: Model) -> list[str]:
+    """What the model's folder lets expect on the GPUs that there are; nothing without both."""
+    if model.engine != EngineKind.VLLM:
+        return []
+    try:
+        shape = fit.read(
+            fit.folder_of(model.source, model.revision), generates=model.task == Task.CHAT
+        )
+    except fit.Unknown:
+        return []
+    found = [fit.estimate(shape, gpu, model.engine_args) for gpu in queries.gpus()]
+    return [f"{each.words} (an estimate)" for each in found if not each.fits]
+
+
+def _pairs(texts: list[str] | None) -> dict[str, Any] | None:
+    return None if texts is None else dict(_pair(text) for text in texts)
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -61,10 +105,23 @@ def _pair(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _secret(variable: str) -> str:
-    if variable and not os.environ.get(variable):
+def _price(text: str | None) -> Decimal | None:
+    try:
+        return None if text is None else Decimal(text)
+    except InvalidOperation as error:
+        raise CommandError(f"A price is a number, not {text!r}.") from error
+
+
+def _secret(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
         raise CommandError(f"The environment has no variable {variable}.")
-    return os.environ[variable] if variable else ""
+    return os.environ[variable]
+
+
+def _organizations(slugs: list[str] | None) -> list[Organization] | None:
+    return None if slugs is None else [_organization(slug) for slug in slugs]
 
 
 def _organization(slug: str) -> Organization:
