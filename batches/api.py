@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from django.conf import settings
-from django.db.models import Model, QuerySet
 from django.http import HttpRequest, HttpResponseBase
 from ninja import Field, File, Form, Query, Router, Schema
 from ninja.decorators import decorate_view
@@ -18,6 +17,7 @@ from accounts import access
 from accounts.access import Caller
 from accounts.authentication import caller_of
 from accounts.errors import ApiError, BadRequest
+from accounts.paging import ends, page_of
 from batches import downloads, idempotency, multipart
 from batches import models as rows
 from batches.schemas import (
@@ -32,9 +32,7 @@ from batches.schemas import (
     UploadIn,
     UploadOut,
 )
-from batches.services import batches, files, uploads
-
-M = TypeVar("M", bound=Model)
+from batches.services import batches, files, reruns, uploads, webhooks
 
 files_router = Router(tags=["Files"])
 uploads_router = Router(tags=["Uploads"])
@@ -124,8 +122,8 @@ def list_files(request: HttpRequest, page: Query[FilePage]) -> FileList:
         mine = rows.File.objects.filter(deleted_at=None)
         if page.purpose:
             mine = mine.filter(purpose=page.purpose.replace("\0", ""))
-        found, more = _page(mine, page.after, page.limit, descending=page.order == "desc")
-    return FileList(data=[FileOut.of(file) for file in found], has_more=more, **_ends(found))
+        found, more = page_of(mine, page.after, page.limit, descending=page.order == "desc")
+    return FileList(data=[FileOut.of(file) for file in found], has_more=more, **ends(found))
 
 
 @files_router.get("/files/{file_id}", response=FileOut, summary="Retrieve a file")
@@ -222,22 +220,32 @@ def cancel_upload(request: HttpRequest, upload_id: str) -> UploadOut | dict[str,
 @batches_router.post("/batches", response=BatchOut, summary="Create a batch")
 def create_batch(request: HttpRequest, given: BatchIn) -> BatchOut | dict[str, Any]:
     caller = caller_of(request, "batches")
-    expires = given.output_expires_after
+    expires, webhook = given.output_expires_after, given.webhook
 
     def create() -> BatchOut:
-        return BatchOut.of(
-            batches.create_batch(
-                actor=caller,
-                input_file_id=given.input_file_id,
-                endpoint=given.endpoint,
-                completion_window=given.completion_window,
-                metadata=given.metadata,
-                priority=given.priority,
-                output_expires_after_seconds=expires.seconds if expires else None,
-            )
+        batch = batches.create_batch(
+            actor=caller,
+            input_file_id=given.input_file_id,
+            endpoint=given.endpoint,
+            completion_window=given.completion_window,
+            metadata=given.metadata,
+            priority=given.priority,
+            output_expires_after_seconds=expires.seconds if expires else None,
+            progress_percents=given.progress_percents,
+            webhook=batches.OwnWebhook(**webhook.model_dump()) if webhook else None,
         )
+        return _made(batch, show_secret=webhook is not None and webhook.secret is None)
 
-    return idempotency.once(request, caller, create, said=given.model_dump())
+    once = {"webhook": {"secret"}}
+    return idempotency.once(request, caller, create, said=given.model_dump(), only_once=once)
+
+
+def _made(batch: rows.Batch, *, show_secret: bool) -> BatchOut:
+    """The answer that makes a batch; in it alone is the secret that was made for its webhook."""
+    made = BatchOut.of(batch)
+    if show_secret and made.webhook and batch.own_webhook:
+        made.webhook.secret = webhooks.secret_of(batch.own_webhook)
+    return made
 
 
 class BatchPage(Schema):
@@ -249,9 +257,9 @@ class BatchPage(Schema):
 def list_batches(request: HttpRequest, page: Query[BatchPage]) -> BatchList:
     caller = caller_of(request, "batches.read")
     with caller.scope():
-        mine = rows.Batch.objects.select_related("model")
-        found, more = _page(mine, page.after, page.limit, descending=True)
-    return BatchList(data=[BatchOut.of(batch) for batch in found], has_more=more, **_ends(found))
+        mine = rows.Batch.objects.select_related("model", "webhook")
+        found, more = page_of(mine, page.after, page.limit, descending=True)
+    return BatchList(data=[BatchOut.of(batch) for batch in found], has_more=more, **ends(found))
 
 
 @batches_router.get("/batches/{batch_id}", response=BatchOut, summary="Retrieve a batch")
@@ -270,6 +278,20 @@ def cancel_batch(request: HttpRequest, batch_id: str) -> BatchOut | dict[str, An
     return idempotency.once(request, caller, cancel)
 
 
+@batches_router.post(
+    "/batches/{batch_id}/retry", response=BatchOut, summary="Retry what failed of a batch"
+)
+def retry_batch(request: HttpRequest, batch_id: str) -> BatchOut | dict[str, Any]:
+    """Ours, not OpenAI's: a new batch of those requests that failed or were never run."""
+    caller = caller_of(request, "batches")
+    batch = access.get(caller, rows.Batch, batch_id, param="batch_id", related=("input_file",))
+
+    def retry() -> BatchOut:
+        return BatchOut.of(reruns.retry_failed(actor=caller, batch=batch))
+
+    return idempotency.once(request, caller, retry)
+
+
 def _file(caller: Caller, file_id: str) -> rows.File:
     return access.get(caller, rows.File, file_id, param="file_id", deleted_at=None)
 
@@ -279,21 +301,4 @@ def _upload(caller: Caller, upload_id: str) -> rows.Upload:
 
 
 def _batch(caller: Caller, batch_id: str) -> rows.Batch:
-    return access.get(caller, rows.Batch, batch_id, param="batch_id", related=("model",))
-
-
-def _page(
-    mine: QuerySet[M], after: str | None, limit: int, *, descending: bool
-) -> tuple[list[M], bool]:
-    """One page by key, and whether there are more; ids sort by time, so `after` need not exist."""
-    if after:
-        mine = mine.filter(**{"pk__lt" if descending else "pk__gt": after})
-    found = list(mine.order_by("-pk" if descending else "pk")[: limit + 1])
-    return found[:limit], len(found) > limit
-
-
-def _ends(found: Sequence[Model]) -> dict[str, Any]:
-    return {
-        "first_id": found[0].pk if found else None,
-        "last_id": found[-1].pk if found else None,
-    }
+    return access.get(caller, rows.Batch, batch_id, param="batch_id", related=("model", "webhook"))

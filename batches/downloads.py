@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from typing import IO
 
-from django.http import FileResponse, HttpRequest, HttpResponse
+from django.http import FileResponse, HttpRequest
 from django.http.response import HttpResponseBase
 
 from accounts.errors import ApiError, NotFound
 from batches import storage
 from batches.models import File
 
+BLOCK_BYTES = 64 * 1024
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -31,13 +32,12 @@ def serve_file(request: HttpRequest, file: File) -> HttpResponseBase:
     except FileNotFoundError:
         raise NotFound("The file's content is gone.", param="file_id", code="not_found") from None
     if span is None:
-        response: HttpResponse | FileResponse = FileResponse(
-            stream, as_attachment=True, filename=file.filename
-        )
+        response = FileResponse(stream, as_attachment=True, filename=file.filename)
         response["Content-Type"] = "application/octet-stream"
         response["Content-Length"] = str(file.bytes)
     else:
         response = _partial(stream, file, *span)
+    response.block_size = BLOCK_BYTES
     response["Accept-Ranges"] = "bytes"
     return response
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from django.core.files.uploadedfile import UploadedFile
@@ -26,8 +26,10 @@ def once(
     *,
     said: Any = None,
     content: UploadedFile | None = None,
+    only_once: Mapping[str, Any] | None = None,
 ) -> S | dict[str, Any]:
-    """Call `create`, or repeat what it answered when this key came before.
+    """Call `create`, or repeat what it answered when this key came before, but for what is to be
+    said `only_once` (as pydantic's `exclude`): others of the organization may bring the key, too.
 
     The key's row and what it stands for commit together. A second request with the key waits for
     the first one's transaction and then sees its answer. Without the header: just `create()`.
@@ -45,7 +47,7 @@ def once(
         if not first:
             return _repeat(row, fingerprint)
         answer = create()
-        row.answer = answer.model_dump(mode="json")
+        row.answer = answer.model_dump(mode="json", exclude=only_once)
         row.save(update_fields=["answer"])
     return answer
 

@@ -147,9 +147,7 @@ class LineChecker:
     def _count_inputs(self, body: dict[str, Any]) -> None:
         if not self.endpoint.endswith("/embeddings"):
             return
-        given = body.get("input")
-        many = isinstance(given, list) and given and not isinstance(given[0], int)
-        count = len(given) if many and isinstance(given, list) else 1
+        count = inputs_of(body.get("input"))
         if count > MAX_INPUTS_A_REQUEST:
             raise BadLine(
                 "too_many_inputs",
@@ -212,25 +210,52 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+_MOST = {
+    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+}
+"""Which fields of a body say how much an answer may have; the first that is given counts."""
+
+
 def estimate_tokens(endpoint: str, body: dict[str, Any], size: int) -> int:
-    """Tokens in and out that a request of `size` bytes is likely to cost; never below 1."""
+    """Tokens in and out that a request of `size` bytes is likely to cost; never below 1.
+
+    A request that names no maximum may cost more than is assumed for it here.
+    """
     tokens = size // BYTES_A_TOKEN + 1
-    if endpoint.endswith(("/embeddings", "/score", "/rerank")):
+    if endpoint not in _MOST:
         return tokens
-    asked = next(
-        (
-            body[name]
-            for name in ("max_completion_tokens", "max_tokens", "max_output_tokens")
-            if _small_count(body.get(name))
-        ),
-        DEFAULT_OUTPUT_TOKENS,
-    )
-    copies = body["n"] if _small_count(body.get("n")) else 1
-    return tokens + min(asked * copies, 10_000_000)
+    given = (_count(body.get(name)) for name in _MOST[endpoint])
+    asked = next(filter(None, given), DEFAULT_OUTPUT_TOKENS)
+    return tokens + min(asked * answers_of(body), 10_000_000)
 
 
-def _small_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10_000_000
+def answers_of(body: dict[str, Any]) -> int:
+    """How many answers a request has the engine make: for each prompt `n`, or `best_of`."""
+    return max(_count(body.get("n")), _count(body.get("best_of")), 1) * _prompts(body)
+
+
+def _prompts(body: dict[str, Any]) -> int:
+    """How many prompts a request holds: a list of numbers is one, as tokens."""
+    prompt = body.get("prompt")
+    if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int):
+        return 1
+    return len(prompt)
+
+
+def _count(value: Any) -> int:
+    """A number, also one in quotes, as engines read it; 0 for anything else."""
+    if isinstance(value, str) and len(value) < 10 and value.isascii() and value.isdecimal():
+        value = int(value)
+    known = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10_000_000
+    return value if known else 0
+
+
+def inputs_of(given: Any) -> int:
+    """How many texts a request's `input` holds: a list of numbers is one, as tokens."""
+    many = isinstance(given, list) and given and not isinstance(given[0], int)
+    return len(given) if many else 1
 
 
 def prefix_ladder(body: dict[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ def only_one(name: str) -> Iterator[bool]:
 
     The lock belongs to the database session: however its holder dies, it is free again.
     """
-    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), signed=True)
+    key = _key(name)
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_try_advisory_lock(%s)", [key])
         got = bool(cursor.fetchone()[0])
@@ -24,6 +24,16 @@ def only_one(name: str) -> Iterator[bool]:
     finally:
         if got:
             _unlock(key)
+
+
+def in_turn(name: str) -> None:
+    """Wait for the others that are here; the turn ends with the caller's transaction."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_key(name)])
+
+
+def _key(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), signed=True)
 
 
 def _unlock(key: int) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from ninja import Field, Schema
 from pydantic import ConfigDict, StrictInt, StrictStr
 
+from batches import standings
 from batches.models import Batch, File, Upload, UploadPart
 from batches.models.batches import Priority, Status
 from batches.models.files import UploadStatus
@@ -118,6 +119,16 @@ class CompleteUploadIn(Schema):
     md5: StrictStr | None = None
 
 
+class OwnWebhookIn(Schema):
+    url: Annotated[StrictStr, Field(min_length=1, max_length=2000)]
+    secret: Annotated[StrictStr, Field(max_length=200)] | None = Field(
+        None, description="`whsec_` and base64 of 24 to 64 bytes; left out: one is made."
+    )
+    events: Annotated[list[StrictStr], Field(max_length=50)] | None = Field(
+        None, description="Of the types `batch.*`; left out: the four that end a batch."
+    )
+
+
 class BatchIn(Schema):
     # Later fields of OpenAI's must not break a client that already sends them.
     model_config = ConfigDict(extra="ignore")
@@ -130,6 +141,13 @@ class BatchIn(Schema):
     priority: Annotated[
         Literal["low", "normal", "high"], Field(description="Ours, not OpenAI's.")
     ] = "normal"
+    progress_percents: Annotated[
+        list[StrictInt] | None,
+        Field(max_length=20, description="Ours: when to tell of `batch.progress`; 25, 50, 75."),
+    ] = None
+    webhook: Annotated[
+        OwnWebhookIn | None, Field(description="Ours: an address that is told of this batch.")
+    ] = None
 
 
 class BatchError(Schema):
@@ -176,6 +194,41 @@ class BatchUsage(Schema):
         )
 
 
+class QueueOut(Schema):
+    """Ours, not OpenAI's."""
+
+    position: Annotated[
+        int, Field(description="Among the batches that wait for its model, from 1; 0: it runs.")
+    ]
+    reason: Annotated[str, Field(description="Why it waits, in words.")]
+    estimated_start_at: Annotated[
+        int | None, Field(description="When it begins, as if no more work came; or when it began.")
+    ]
+    estimated_completion_at: Annotated[
+        int | None, Field(description="When all of it is done, as if no more work came.")
+    ]
+
+    @classmethod
+    def of(cls, batch: Batch) -> QueueOut | None:
+        found = standings.of(batch)
+        return cls(**found._asdict()) if found else None
+
+
+class OwnWebhookOut(Schema):
+    """Ours, not OpenAI's."""
+
+    url: str
+    events: list[str]
+    secret: str | None = Field(
+        None, description="Only in the answer that made the batch, if it was made there, too."
+    )
+
+    @classmethod
+    def of(cls, batch: Batch) -> OwnWebhookOut | None:
+        found = batch.own_webhook
+        return cls(url=found.url, events=found.event_types, secret=None) if found else None
+
+
 class BatchOut(Schema):
     id: str
     object: Literal["batch"] = "batch"
@@ -200,10 +253,14 @@ class BatchOut(Schema):
     usage: BatchUsage
     metadata: dict[str, str] | None
     priority: PriorityName
+    queue: Annotated[
+        QueueOut | None, Field(description="While it waits or runs: where it stands in the queue.")
+    ]
+    webhook: OwnWebhookOut | None
 
     @classmethod
     def of(cls, batch: Batch) -> BatchOut:
-        """The batch as the wire shows it; its `model` must have been fetched with it."""
+        """The batch as the wire shows it; its `model` and `webhook` are to be fetched with it."""
         times = {
             name: epoch(getattr(batch, name))
             for name in cls.model_fields
@@ -227,6 +284,8 @@ class BatchOut(Schema):
             usage=BatchUsage.of(batch),
             metadata=batch.metadata,
             priority=_PRIORITIES[batch.priority],
+            queue=QueueOut.of(batch),
+            webhook=OwnWebhookOut.of(batch),
             **times,  # type: ignore[arg-type]
         )
 

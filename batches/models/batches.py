@@ -1,13 +1,17 @@
 """Batches, the chunks they are leased in, and the journal of their results.
 
-Lock order everywhere: chunks first, by id, then their batch.
+Lock order everywhere: chunks first, by id, then the organization's share and their backlogs, then
+their batch, then its organization's result handlers, then (for quotas) the organization, then the
+chain of its audit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from django.contrib.postgres.fields import ArrayField
+from django.contrib.postgres.indexes import GinIndex, OpClass
 from django.db import models
 from django.db.models import F, Q
 from django.utils import timezone
@@ -18,9 +22,17 @@ from accounts.models import ApiKey, Organization, Project, User
 from batches.models.files import File
 from models_registry.models import Model
 
+if TYPE_CHECKING:
+    from batches.models.events import WebhookEndpoint
+
 
 def batch_id() -> str:
     return new_id("batch_")
+
+
+def usual_percents() -> list[int]:
+    """Where a batch tells of its progress unless it is asked for something else."""
+    return [25, 50, 75]
 
 
 class Status(models.TextChoices):
@@ -51,6 +63,13 @@ class Priority(models.IntegerChoices):
     HIGH = 1
 
 
+class HeldWhy(models.TextChoices):
+    """Who keeps a batch from running. It is no status: on the wire there are none but OpenAI's."""
+
+    MODERATION = "moderation", "held: waits for an operator's approval"
+    OPERATOR = "operator", "held by an operator"
+
+
 class Endpoint(models.TextChoices):
     CHAT_COMPLETIONS = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
@@ -74,13 +93,27 @@ class Batch(models.Model):
     priority = models.SmallIntegerField(choices=Priority, default=Priority.NORMAL)
     metadata = models.JSONField(null=True)
     output_expires_after_seconds = models.IntegerField(null=True)
+    progress_percents = ArrayField(
+        models.PositiveSmallIntegerField(),
+        default=usual_percents,
+        db_default=models.Value([25, 50, 75], ArrayField(models.PositiveSmallIntegerField())),
+        help_text="Reaching each of them is an event; in order.",
+    )
 
     input_file = models.ForeignKey(File, models.PROTECT, related_name="input_of")
     output_file = models.ForeignKey(File, models.PROTECT, null=True, related_name="output_of")
     error_file = models.ForeignKey(File, models.PROTECT, null=True, related_name="errors_of")
     index_name = models.CharField(max_length=255, blank=True)
+    results_name = models.CharField(
+        max_length=255,
+        blank=True,
+        default="",
+        db_default="",
+        help_text="Where its answers lie (batches/places.py).",
+    )
     model = models.ForeignKey(Model, models.PROTECT, null=True, related_name="batches")
     errors = models.JSONField(null=True, help_text="The bad lines, as the wire shows them.")
+    error_kinds = models.JSONField(null=True, help_text="Failed requests by kind, once it ended.")
 
     status = models.CharField(max_length=16, choices=Status, default=Status.VALIDATING)
     created_at = models.DateTimeField(default=timezone.now)
@@ -93,6 +126,19 @@ class Batch(models.Model):
     cancelling_at = models.DateTimeField(null=True)
     cancelled_at = models.DateTimeField(null=True)
 
+    held_at = models.DateTimeField(null=True, help_text="Since when none of it may be leased.")
+    held_why = models.CharField(
+        max_length=16, choices=HeldWhy, blank=True, default="", db_default=""
+    )
+    held_note = models.CharField(
+        max_length=500,
+        blank=True,
+        default="",
+        db_default="",
+        help_text="Shown to its organization.",
+    )
+    front_at = models.DateTimeField(null=True, help_text="When an operator moved it to the front.")
+
     total = models.IntegerField(default=0)
     completed = models.IntegerField(default=0)
     failed = models.IntegerField(default=0)
@@ -100,6 +146,10 @@ class Batch(models.Model):
     cached_tokens = models.BigIntegerField(default=0)
     output_tokens = models.BigIntegerField(default=0)
     reasoning_tokens = models.BigIntegerField(default=0)
+    gpu_seconds = models.FloatField(default=0, help_text="Its requests' shares of busy GPU time.")
+    cost = models.DecimalField(
+        max_digits=30, decimal_places=10, null=True, help_text="What it was settled at."
+    )
 
     objects: ClassVar[models.Manager[Batch]] = ScopedManager(organization="organization")
 
@@ -107,11 +157,23 @@ class Batch(models.Model):
         verbose_name_plural = "batches"
         indexes = [
             models.Index(fields=["organization", "-id"], name="batch_by_organization"),
+            models.Index(fields=["organization", "status", "-id"], name="batch_by_status"),
+            GinIndex(OpClass("metadata", name="jsonb_path_ops"), name="batch_by_metadata"),
             models.Index(
                 fields=["status", "expires_at"],
                 name="batch_unfinished",
                 condition=Q(status__in=sorted(UNFINISHED)),
             ),
+            models.Index(
+                fields=["organization", "id"],
+                name="batch_unfinished_of_one",
+                condition=Q(status__in=sorted(UNFINISHED)),
+            ),
+        ]
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(held_at__isnull=True) ^ ~Q(held_why=""), name="batch_held_with_reason"
+            )
         ]
 
     def __str__(self) -> str:
@@ -128,8 +190,24 @@ class Batch(models.Model):
         setattr(self, f"{status}_at", timezone.now())
 
     @property
+    def own_webhook(self) -> WebhookEndpoint | None:
+        """The one that is told of this batch alone."""
+        return getattr(self, "webhook", None)
+
+    @property
     def is_finished(self) -> bool:
         return self.status not in UNFINISHED
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is kept from running; its deadline runs all the same."""
+        return self.held_at is not None and self.status in (Status.VALIDATING, Status.IN_PROGRESS)
+
+    @property
+    def held_reason(self) -> str:
+        """In words, for its organization."""
+        said = HeldWhy(self.held_why).label if self.held_why else ""
+        return f"{said}: {self.held_note}" if self.held_note else said
 
     @property
     def answered(self) -> int:
@@ -151,6 +229,7 @@ class Chunk(models.Model):
 
     `fencing_token` grows whenever the lease changes hands; a save must show the current one.
     `attempts` counts leases in a row that ended by their owner's death without a saved result.
+    `worker` is who leased it last, and stays when the lease ends.
     """
 
     batch = models.ForeignKey(Batch, models.CASCADE, related_name="chunks")
@@ -162,6 +241,10 @@ class Chunk(models.Model):
     lease_expires_at = models.DateTimeField(null=True)
     fencing_token = models.IntegerField(default=0)
     attempts = models.IntegerField(default=0)
+    worker = models.CharField(max_length=100, blank=True, db_default="")
+    leases = models.IntegerField(default=0, db_default=0, help_text="How often it was leased.")
+    leased_at = models.DateTimeField(null=True, help_text="When it was leased last.")
+    done_at = models.DateTimeField(null=True)
 
     objects: ClassVar[models.Manager[Chunk]] = ScopedManager(organization="batch__organization")
 
@@ -195,6 +278,11 @@ class Result(models.Model):
     payload = models.BinaryField(help_text="The whole line of the output or error file.")
 
     objects: ClassVar[models.Manager[Result]] = ScopedManager(organization="batch__organization")
+
+    class Meta:
+        indexes = [
+            models.Index(fields=["batch", "line"], name="result_failed", condition=Q(ok=False))
+        ]
 
     def __str__(self) -> str:
         return f"{self.batch_id}:{self.line}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from django.db import transaction
 from django.utils import timezone
@@ -10,13 +12,24 @@ from django.utils import timezone
 from accounts import access
 from accounts.access import Caller
 from accounts.errors import BadRequest
+from accounts.services import quotas
 from batches import wakeups, windows
 from batches.models import Batch, File
-from batches.models.batches import UNFINISHED, Endpoint, Priority, Status
+from batches.models.batches import UNFINISHED, Endpoint, Priority, Status, usual_percents
 from batches.models.files import Purpose
-from batches.services import files
+from batches.services import files, webhooks
 
+MAX_PERCENTS = 20
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512
+
+
+@dataclass(frozen=True)
+class OwnWebhook:
+    """An address that is told of one batch; without a secret one is made."""
+
+    url: str
+    secret: str | None = None
+    events: Sequence[str] | None = None
 
 
 def create_batch(
@@ -28,17 +41,17 @@ def create_batch(
     metadata: Mapping[str, str] | None = None,
     priority: str = "normal",
     output_expires_after_seconds: int | None = None,
+    progress_percents: Sequence[int] | None = None,
+    webhook: OwnWebhook | None = None,
 ) -> Batch:
-    """Accept a batch for validation; raises `BadRequest` or `NotFound` naming the field."""
+    """Accept a batch for validation; raises `BadRequest` or `NotFound` naming the field, or
+    `QuotaExceeded`."""
     window = windows.parse(completion_window)
     _check(endpoint=endpoint, metadata=metadata, priority=priority)
+    percents = _percents(progress_percents)
     files.expiry(output_expires_after_seconds, param="output_expires_after.seconds")
-    file = access.get(actor, File, input_file_id, param="input_file_id", deleted_at=None)
-    if file.purpose != Purpose.BATCH:
-        raise BadRequest(
-            f"The file's purpose is {file.purpose!r}; a batch's input needs 'batch'.",
-            param="input_file_id",
-        )
+    file = _input(actor, input_file_id)
+    secret = _checked(webhook)
     now = timezone.now()
     with transaction.atomic():
         batch = Batch.objects.create(
@@ -52,11 +65,49 @@ def create_batch(
             priority=Priority[priority.upper()],
             metadata=metadata,
             output_expires_after_seconds=output_expires_after_seconds,
+            progress_percents=percents,
             created_at=now,
             expires_at=now + window,
         )
+        _tell(batch, webhook, secret)
+        quotas.open_batch(batch_id=batch.pk, actor=actor)
         wakeups.validate(batch.pk)
     return batch
+
+
+def _input(actor: Caller, id: str) -> File:
+    file = access.get(actor, File, id, param="input_file_id", deleted_at=None)
+    if file.purpose != Purpose.BATCH:
+        raise BadRequest(
+            f"The file's purpose is {file.purpose!r}; a batch's input needs 'batch'.",
+            param="input_file_id",
+        )
+    return file
+
+
+def _tell(batch: Batch, webhook: OwnWebhook | None, secret: str) -> None:
+    if webhook is not None:
+        webhooks.of_batch(batch, url=webhook.url, secret=secret, event_types=webhook.events)
+    else:  # so that nobody asks the database for it
+        relation: Any = Batch._meta.get_field("webhook")
+        relation.set_cached_value(batch, None)
+
+
+def _checked(webhook: OwnWebhook | None) -> str:
+    if webhook is None:
+        return ""
+    return webhooks.checked_of_batch(
+        url=webhook.url, secret=webhook.secret, event_types=webhook.events
+    )
+
+
+def _percents(given: Sequence[int] | None) -> list[int]:
+    if given is None:
+        return usual_percents()
+    if len(given) > MAX_PERCENTS or not all(0 < each < 100 for each in given):
+        said = f"progress_percents are at most {MAX_PERCENTS} numbers from 1 to 99."
+        raise BadRequest(said, param="progress_percents", code="invalid_value")
+    return sorted(set(given))
 
 
 def _check(*, endpoint: str, metadata: Mapping[str, str] | None, priority: str) -> None:
@@ -91,7 +142,9 @@ def cancel_batch(*, actor: Caller, batch: Batch) -> Batch:
     """
     with transaction.atomic(), actor.scope():
         batch = (
-            Batch.objects.select_for_update(of=("self",)).select_related("model").get(pk=batch.pk)
+            Batch.objects.select_for_update(of=("self",))
+            .select_related("model", "webhook")
+            .get(pk=batch.pk)
         )
         if batch.status in (Status.CANCELLING, Status.CANCELLED):
             return batch
@@ -101,7 +154,24 @@ def cancel_batch(*, actor: Caller, batch: Batch) -> Batch:
                 param="batch_id",
                 code="batch_not_cancellable",
             )
-        batch.move_to(Status.CANCELLING)
-        batch.save(update_fields=["status", "cancelling_at"])
-        wakeups.finalize(batch.pk)
+        begin_cancelling(batch)
     return batch
+
+
+def begin_cancelling(batch: Batch) -> None:
+    """Let a locked batch's workers go; the rest is finalizing's."""
+    batch.move_to(Status.CANCELLING)
+    batch.save(update_fields=["status", "cancelling_at"])
+    wakeups.finalize(batch.pk)
+
+
+def cancel_batches(*, actor: Caller, batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Stop several batches; returns those that are being cancelled, and those that it is too late
+    for. Each is a transaction of its own: they share no lock."""
+    cancelled, too_late = [], []
+    for batch in batches:
+        try:
+            cancelled.append(cancel_batch(actor=actor, batch=batch))
+        except BadRequest:
+            too_late.append(batch)
+    return cancelled, too_late

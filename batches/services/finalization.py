@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from typing import IO
 
@@ -15,18 +15,28 @@ from django.utils import timezone
 from django_scopes import scopes_disabled
 
 from accounts.ids import new_id
-from batches import index, queries, storage
+from accounts.services import quotas
+from batches import index, places, queries, storage
+from batches.error_kinds import Tally
 from batches.locks import only_one
-from batches.models import Batch, Chunk, File, Result
+from batches.models import Backlog, Batch, Chunk, File, Result
 from batches.models.batches import ChunkState, Status
 from batches.models.files import Purpose
-from batches.services import files
+from batches.services import events, files, handler_runs, progress
+from batches.services.files import Kept
 
 logger = structlog.get_logger(__name__)
 
 LETTING_GO = timedelta(seconds=10)
 """How long a cancelled or expired batch waits for its workers to save what they have finished."""
+KINDS = ("output", "errors")
+PLACES = "places"
+"""Beside the two files: where in them each line's answer lies."""
 _RESULTS_A_FETCH = 100
+
+
+class _EndedAlready(Exception):
+    """Somebody else has finalized the batch: the first one's lock went with its session."""
 
 
 def finalize_batch(batch_id: str) -> None:
@@ -36,10 +46,14 @@ def finalize_batch(batch_id: str) -> None:
         if batch is None or not _close_chunks(batch):
             return
         with ExitStack() as stack:
-            output = stack.enter_context(storage.temporary("output"))
-            errors = stack.enter_context(storage.temporary("errors"))
-            undone = write_files(batch, output, errors) if batch.index_name else 0
-            _record(batch, output, errors, undone)
+            names = (*KINDS, PLACES)
+            made = {kind: stack.enter_context(storage.temporary(kind)) for kind in names}
+            tally = Tally()
+            undone = write_files(batch, made, tally) if batch.index_name else 0
+            written = {kind: each for kind, each in made.items() if _measured(each)}
+            stack.enter_context(suppress(_EndedAlready))
+            stored = stack.enter_context(files.kept(batch.organization_id, *written.values()))
+            _record(batch, dict(zip(written, stored, strict=True)), undone, tally)
 
 
 @transaction.atomic
@@ -58,13 +72,16 @@ def _close_chunks(batch: Batch) -> bool:
     return True
 
 
-def write_files(batch: Batch, output: IO[bytes], errors: IO[bytes]) -> int:
+def write_files(batch: Batch, made: Mapping[str, IO[bytes]], tally: Tally) -> int:
     """Write every line to one of the two files, in input order; returns how many had no result.
 
     A line without a result is an error line that says why: the batch expired or was cancelled.
+    The third of the files made gets the places of all lines, `tally` what went wrong.
     """
+    output, errors = (made[kind] for kind in KINDS)
     code, why = _why_undone(batch)
     undone = 0
+    written = places.Writer(made[PLACES])
     with storage.opened(batch.index_name) as stream:
         entries = sorted(index.read(stream), key=lambda entry: entry.line)
     # In a transaction the cursor streams; outside one PostgreSQL would first copy all rows.
@@ -73,12 +90,24 @@ def write_files(batch: Batch, output: IO[bytes], errors: IO[bytes]) -> int:
         result = next(results, None)
         for entry in entries:
             if result is not None and result[0] == entry.line:
-                (output if result[1] else errors).write(result[2])
+                _, ok, payload = result
                 result = next(results, None)
             else:
                 undone += 1
-                errors.write(unanswered_line(source, entry, code, why))
+                ok, payload = False, unanswered_line(source, entry, code, why)
+            if not ok:
+                tally.add(entry.line, payload)
+            written.add(_write(output if ok else errors, entry, ok, payload))
+    written.close()
     return undone
+
+
+def _write(
+    stream: IO[bytes], entry: index.Entry, ok: bool, payload: bytes | memoryview
+) -> places.Place:
+    offset = stream.tell()
+    stream.write(payload)
+    return places.Place(entry.line, ok, offset, len(payload), entry.offset, entry.length)
 
 
 def _results(batch: Batch) -> Iterator[tuple[int, bool, bytes | memoryview]]:
@@ -88,6 +117,8 @@ def _results(batch: Batch) -> Iterator[tuple[int, bool, bytes | memoryview]]:
 
 def _why_undone(batch: Batch) -> tuple[str, str]:
     if batch.status == Status.CANCELLING:
+        if batch.errors:  # it was not approved
+            return "batch_rejected", batch.errors[0]["message"]
         return "batch_cancelled", "The batch was cancelled before this request was run."
     why = "The batch expired before this request was run."
     if batch.model is not None and batch.model.load_error:
@@ -110,43 +141,68 @@ def unanswered_line(source: IO[bytes], entry: index.Entry, code: str, why: str) 
     )
 
 
-@transaction.atomic
-def _record(
-    batch: Batch, output: TemporaryUploadedFile, errors: TemporaryUploadedFile, undone: int
-) -> None:
+def _measured(content: TemporaryUploadedFile) -> int:
+    content.size = content.tell()
+    return content.size
+
+
+def _record(batch: Batch, stored: Mapping[str, Kept], undone: int, tally: Tally) -> None:
     """End the batch, with its files and final counts, and forget its journal."""
     batch = Batch.objects.select_for_update(of=("self",)).get(pk=batch.pk)
     if batch.status not in (Status.FINALIZING, Status.CANCELLING):
-        return
-    with ExitStack() as undo:
-        batch.output_file = _keep(batch, output, "output", undo)
-        batch.error_file = _keep(batch, errors, "errors", undo)
-        batch.failed += undone
-        if batch.status == Status.CANCELLING:
-            batch.move_to(Status.CANCELLED)
-        else:
-            batch.move_to(Status.EXPIRED if undone else Status.COMPLETED)
-        batch.save()
-        Result.objects.filter(batch=batch).delete()
-        batch.suspects.all().delete()
-        undo.pop_all()
+        raise _EndedAlready
+    counts = (batch.completed, batch.failed + undone)
+    batch.output_file, batch.error_file = (
+        _file(batch, stored, kind, lines) for kind, lines in zip(KINDS, counts, strict=True)
+    )
+    if PLACES in stored:
+        batch.results_name = stored[PLACES].name
+    batch.error_kinds = tally.as_json()
+    progress.close(batch)
+    used = _used(batch)
+    batch.failed += undone
+    if batch.status == Status.CANCELLING:
+        batch.move_to(Status.CANCELLED)
+    else:
+        batch.move_to(Status.EXPIRED if undone else Status.COMPLETED)
+    batch.save()
+    Result.objects.filter(batch=batch).delete()
+    batch.suspects.all().delete()
+    Backlog.objects.filter(batch=batch).delete()
+    events.batch_changed(batch)
+    handler_runs.batch_ended(batch)
+    cost = quotas.settle(batch.pk, used)  # last: it holds up others of the organization
+    Batch.objects.filter(pk=batch.pk).update(cost=cost)
     if batch.index_name:
-        transaction.on_commit(lambda: storage.remove(batch.index_name))
+        transaction.on_commit(lambda: storage.discard(batch.index_name))
     logger.info("finalized", batch_id=batch.pk, status=batch.status, undone=undone)
 
 
-def _keep(batch: Batch, content: TemporaryUploadedFile, kind: str, undo: ExitStack) -> File | None:
-    """The file's row, or None when nothing was written to it; `undo` removes the bytes again."""
-    if (size := content.tell()) == 0:
+def _file(batch: Batch, stored: Mapping[str, Kept], kind: str, lines: int) -> File | None:
+    """The file's row, or None when nothing was written to it."""
+    if kind not in stored:
         return None
-    content.size = size
-    file = files.keep(
+    return files.record(
+        stored[kind],
         organization=batch.organization,
         project=batch.project,
-        content=content,
+        user=batch.user,
+        api_key=batch.api_key,
         filename=f"{batch.pk}_{kind}.jsonl",
         purpose=Purpose.BATCH_OUTPUT,
         expires_after=files.expiry(batch.output_expires_after_seconds),
+        lines=lines,
     )
-    undo.callback(storage.remove, file.storage_name)
-    return file
+
+
+def _used(batch: Batch) -> quotas.Used:
+    """What ran, before what did not is counted as failed."""
+    return quotas.Used(
+        endpoint=batch.endpoint,
+        requests=batch.completed + batch.failed,
+        input_tokens=batch.input_tokens,
+        cached_tokens=batch.cached_tokens,
+        output_tokens=batch.output_tokens,
+        reasoning_tokens=batch.reasoning_tokens,
+        gpu_seconds=batch.gpu_seconds,
+    )

@@ -1,4 +1,7 @@
-"""Writes of uploads: files that come in parts."""
+"""Writes of uploads: files that come in parts.
+
+The parts of an upload that has ended, however it did, are removed by `files.purge_parts`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from django_scopes import scopes_disabled
 
 from accounts.access import Caller
 from accounts.errors import BadRequest, TooLarge
+from accounts.services import quotas
 from batches import storage
 from batches.models import Upload, UploadPart
 from batches.models.files import UPLOAD_LIFETIME, UploadStatus, part_id
@@ -33,7 +37,7 @@ def create_upload(
     mime_type: str,
     expires_after_seconds: int | None = None,
 ) -> Upload:
-    """Announce a file of `size` bytes; raises `BadRequest` or `TooLarge`."""
+    """Announce a file of `size` bytes; raises `BadRequest`, `TooLarge` or `QuotaExceeded`."""
     if size > MAX_UPLOAD_BYTES:
         raise TooLarge(f"An upload may have at most {MAX_UPLOAD_BYTES:,} bytes.", param="bytes")
     # The limit of a plain file does not hold for an upload, that of a batch input does.
@@ -47,16 +51,20 @@ def create_upload(
     if "\0" in mime_type:  # PostgreSQL cannot store it
         raise BadRequest("mime_type must not contain NUL characters.", param="mime_type")
     files.expiry(expires_after_seconds, param="expires_after.seconds")
-    return Upload.objects.create(
-        organization=actor.organization,
-        project=actor.project,
-        filename=files.clean_filename(filename),
-        purpose=purpose,
-        bytes=size,
-        mime_type=mime_type[:255],
-        expires_after_seconds=expires_after_seconds,
-        expires_at=timezone.now() + UPLOAD_LIFETIME,
-    )
+    with transaction.atomic():
+        quotas.require_storage(actor, size)
+        return Upload.objects.create(
+            organization=actor.organization,
+            project=actor.project,
+            user=actor.user,
+            api_key=actor.api_key,
+            filename=files.clean_filename(filename),
+            purpose=purpose,
+            bytes=size,
+            mime_type=mime_type[:255],
+            expires_after_seconds=expires_after_seconds,
+            expires_at=timezone.now() + UPLOAD_LIFETIME,
+        )
 
 
 def add_part(*, actor: Caller, upload: Upload, content: UploadedFile) -> UploadPart:
@@ -77,16 +85,17 @@ def add_part(*, actor: Caller, upload: Upload, content: UploadedFile) -> UploadP
                 id=id, upload=upload, bytes=content.size or 0, storage_name=name
             )
     except BaseException:
-        storage.remove(name)
+        storage.discard(name)
         raise
 
 
 def _require_room(upload: Upload, size: int) -> None:
-    """Parts that were sent twice are not named in the end, but they take their room till then."""
+    """Parts may be sent twice, but not more: what was announced is what counts as stored."""
     before = UploadPart.objects.filter(upload=upload).aggregate(Sum("bytes"))["bytes__sum"] or 0
-    if before + size > MAX_UPLOAD_BYTES:
+    room = 2 * upload.bytes
+    if before + size > room:
         raise TooLarge(
-            f"The parts of an upload may have {MAX_UPLOAD_BYTES:,} bytes in all.",
+            f"The parts of this upload may have {room:,} bytes in all: twice what was announced.",
             param="data",
             code="upload_too_large",
         )
@@ -107,22 +116,27 @@ def complete_upload(
             raise
         if md5 is not None and md5.lower() != digest:
             raise BadRequest(f"The parts' md5 is {digest}.", param="md5", code="checksum_mismatch")
-        with transaction.atomic(), actor.scope():
+        with files.kept(actor.organization.pk, whole) as [stored], actor.scope():
             upload = Upload.objects.select_for_update().get(pk=upload.pk)
             _require_pending(upload)
-            lifetime = upload.expires_after_seconds
-            upload.file = files.keep(
-                organization=actor.organization,
-                project=upload.project,
-                content=whole,
-                filename=upload.filename,
-                purpose=upload.purpose,
-                expires_after=timedelta(seconds=lifetime) if lifetime else None,
-            )
-            upload.status = UploadStatus.COMPLETED
-            upload.save(update_fields=["file", "status"])
-            files.remove_parts(upload.pk)
+            _complete(upload, stored)
     return upload
+
+
+def _complete(upload: Upload, stored: files.Kept) -> None:
+    lifetime = upload.expires_after_seconds
+    upload.file = files.record(
+        stored,
+        organization=upload.organization,
+        project=upload.project,
+        user=upload.user,
+        api_key=upload.api_key,
+        filename=upload.filename,
+        purpose=upload.purpose,
+        expires_after=timedelta(seconds=lifetime) if lifetime else None,
+    )
+    upload.status = UploadStatus.COMPLETED
+    upload.save(update_fields=["file", "status"])
 
 
 def _ordered_parts(actor: Caller, upload: Upload, part_ids: Sequence[str]) -> list[UploadPart]:
@@ -164,7 +178,6 @@ def cancel_upload(*, actor: Caller, upload: Upload) -> Upload:
         _require_pending(upload)
         upload.status = UploadStatus.CANCELLED
         upload.save(update_fields=["status"])
-        files.remove_parts(upload.pk)
     return upload
 
 
@@ -172,10 +185,7 @@ def expire_uploads() -> None:
     """End uploads that were not completed in time, across tenants."""
     with scopes_disabled():
         late = Upload.objects.filter(status=UploadStatus.PENDING, expires_at__lte=timezone.now())
-        for id in list(late.values_list("pk", flat=True)[:100]):
-            with transaction.atomic():
-                if late.filter(pk=id).update(status=UploadStatus.EXPIRED):
-                    files.remove_parts(id)
+        late.update(status=UploadStatus.EXPIRED)
 
 
 def _require_pending(upload: Upload) -> None:

@@ -11,13 +11,16 @@ from django.conf import settings
 from django.db import transaction
 from django_scopes import scopes_disabled
 
+from accounts.models import Organization
+from accounts.services import quotas
 from batches import index, storage, wakeups
 from batches.lines import BadLine, LineChecker, RawLine, read_lines, show
 from batches.locks import only_one
-from batches.models import Batch, Chunk
+from batches.models import Batch, Chunk, File
 from batches.models.batches import Status
+from batches.services import events, moderation
 from models_registry.models import Model, Task
-from models_registry.queries import offered_to
+from models_registry.queries import find_offered, prices_of
 
 logger = structlog.get_logger(__name__)
 
@@ -69,8 +72,14 @@ def validate_batch(batch_id: str) -> None:
             return
         findings = examine(batch)
         name = "" if findings.bad_lines else _store_index(batch, findings)
-        if not _record(batch, findings, name) and name:
-            storage.remove(name)
+        try:
+            _record(batch, findings, name)
+        finally:
+            if name:
+                _remove_unless_named(name, batch)
+        if findings.requests:
+            counted = File.objects.filter(pk=batch.input_file_id, lines=None)
+            counted.update(lines=findings.requests)
 
 
 def _waiting(batch_id: str) -> Batch | None:
@@ -81,20 +90,28 @@ def _waiting(batch_id: str) -> Batch | None:
 
 def examine(batch: Batch) -> Findings:
     """Check every line of the input, collecting what is wrong; nothing is written."""
-    findings = Findings()
-    checker = LineChecker(batch.endpoint)
     try:
         with storage.opened(batch.input_file.storage_name) as stream:
-            _check_lines(checker, stream, findings)
-    except FileNotFoundError:
+            return examine_stream(stream, batch.organization, batch.endpoint)
+    except FileNotFoundError as error:
+        # The bytes of a file that a batch reads are never purged: it was not its owner.
+        logger.error("input missing; is STORAGE_URL the same on all hosts?", error=str(error))
+        findings = Findings()
         findings.add_error(BadLine("file_not_found", "The input file was deleted."), None)
         return findings
+
+
+def examine_stream(stream: IO[bytes], organization: Organization, endpoint: str) -> Findings:
+    """The same of what is not yet a batch's input."""
+    findings = Findings()
+    checker = LineChecker(endpoint)
+    _check_lines(checker, stream, findings)
     if not findings.requests:
         findings.add_error(BadLine("empty_file", "The file has no requests."), None)
     if findings.requests > settings.MAX_BATCH_REQUESTS:
         findings.add_error(_too_many(findings.requests), None)
     if checker.model is not None:
-        findings.model = _offered(batch, checker.model, findings)
+        findings.model = _offered(organization, endpoint, checker.model, findings)
     return findings
 
 
@@ -125,16 +142,16 @@ def _too_many(count: int) -> BadLine:
     return BadLine("too_many_tasks", f"The file has {count:,} requests; the limit is {limit:,}.")
 
 
-def _offered(batch: Batch, name: str, findings: Findings) -> Model | None:
+def _offered(
+    organization: Organization, endpoint: str, name: str, findings: Findings
+) -> Model | None:
     """The model of that name if the organization may use it, for this endpoint."""
-    # PostgreSQL refuses a NUL even in a comparison.
-    named = offered_to(batch.organization).filter(name=name) if "\0" not in name else None
-    model = named.first() if named is not None else None
+    model = find_offered(organization, name)
     if model is None:
         said = f"There is no model {show(name)} for this organization."
         findings.add_error(BadLine("model_not_found", said, "body.model"), None)
-    elif batch.endpoint not in ENDPOINTS[Task(model.task)]:
-        said = f"{name} is a {model.task} model: it does not answer {batch.endpoint}."
+    elif endpoint not in ENDPOINTS[Task(model.task)]:
+        said = f"{name} is a {model.task} model: it does not answer {endpoint}."
         findings.add_error(BadLine("model_not_supported", said, "body.model"), None)
     return model
 
@@ -148,14 +165,22 @@ def _store_index(batch: Batch, findings: Findings) -> str:
         return storage.keep(f"{batch.organization_id}/index-{batch.pk}", made)
 
 
+def _remove_unless_named(name: str, batch: Batch) -> None:
+    """Asked of the row: a commit that failed here may have been done all the same."""
+    if not Batch.objects.filter(pk=batch.pk, index_name=name).exists():
+        storage.discard(name)
+
+
 @transaction.atomic
-def _record(batch: Batch, findings: Findings, index_name: str) -> bool:
-    """Write the outcome in one transaction; False when somebody else has already done so."""
+def _record(batch: Batch, findings: Findings, index_name: str) -> None:
+    """Write the outcome in one transaction, unless somebody else has already done so."""
     batch = Batch.objects.select_for_update(of=("self",)).get(pk=batch.pk)
     cancelled = batch.status == Status.CANCELLING
     if batch.index_name or batch.errors or not (cancelled or batch.status == Status.VALIDATING):
-        return False
+        return
     batch.model = findings.model
+    if not (findings.bad_lines or cancelled):
+        _reserve(batch, findings)
     if findings.bad_lines:
         batch.errors = findings.as_wire()
         if not cancelled:
@@ -166,10 +191,30 @@ def _record(batch: Batch, findings: Findings, index_name: str) -> bool:
         _cut(batch, findings.entries)
         if not cancelled:
             batch.move_to(Status.IN_PROGRESS)
+            moderation.hold_if_due(batch, tokens=sum(entry.tokens for entry in findings.entries))
     batch.save()
+    events.batch_changed(batch)
+    if batch.status == Status.FAILED:
+        quotas.settle(batch.pk)  # last: it holds up others of the organization
     logger.info("validated", batch_id=batch.pk, status=batch.status, requests=findings.requests)
     wakeups.finalize(batch.pk) if cancelled else wakeups.gpu_workers()
-    return True
+
+
+_QUOTA_CODES = {"requests_per_batch": "too_many_tasks", "budget_per_month": "insufficient_quota"}
+
+
+def _reserve(batch: Batch, findings: Findings) -> None:
+    """Set aside what the batch may use; what it would use too much of becomes its errors."""
+    assert findings.model is not None
+    estimate = quotas.Estimate(
+        model=findings.model.name,
+        requests=len(findings.entries),
+        tokens=sum(entry.tokens for entry in findings.entries),
+        prices=prices_of(findings.model),
+    )
+    for excess in quotas.reserve(batch.pk, estimate):
+        code = _QUOTA_CODES.get(excess.field, "token_limit_exceeded")
+        findings.add_error(BadLine(code, excess.message), None)
 
 
 def _cut(batch: Batch, entries: Iterable[index.Entry]) -> None:

@@ -6,9 +6,12 @@ What scripts do with them is in `tests/e2e/`.
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
+from html import unescape
 from typing import Any
 
 import pytest
+import time_machine
 from django.contrib.messages import get_messages
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.db import connection
@@ -18,16 +21,18 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django_scopes import scopes_disabled
 
-from accounts.models import User
-from batches import views
+from accounts.models import ApiKey, User
+from accounts.services import projects
+from batches import queries
 from batches.models import Batch, File
 from batches.models.batches import NEXT, Status
 from batches.services import batches, files
-from models_registry.models import Model
-from models_registry.services import note_load
+from batches.views import batches as views
+from models_registry.models import Change, Model
+from models_registry.services import note_failure, note_load, register_model
 from tests.conftest import PASSWORD, Person
 
-HTMX = {"hx-request": "true", "hx-current-url": "http://testserver/?after=batch_7"}
+HTMX = {"hx-request": "true", "hx-current-url": "http://testserver/batches?after=batch_7"}
 
 
 def file_of(
@@ -72,7 +77,7 @@ def status_of(batch: Batch) -> str:
 
 
 @pytest.mark.django_db
-@pytest.mark.parametrize("path", ["/", "/files/file-1/content"])
+@pytest.mark.parametrize("path", ["/batches", "/files/file-1/content"])
 def test_strangers_to_the_portal_sign_in_first(path: str) -> None:
     response = Client().get(path)
     assert (response.status_code, response["Location"]) == (302, f"/accounts/login/?next={path}")
@@ -80,14 +85,14 @@ def test_strangers_to_the_portal_sign_in_first(path: str) -> None:
 
 @pytest.mark.django_db
 def test_an_expired_session_sends_htmx_to_sign_in_and_back() -> None:
-    response = Client().get("/?after=batch_7", headers=HTMX)
+    response = Client().get("/batches?after=batch_7", headers=HTMX)
     assert response.status_code == 200
-    assert response["HX-Redirect"] == "/accounts/login/?next=/%3Fafter%3Dbatch_7"
+    assert response["HX-Redirect"] == "/accounts/login/?next=/batches%3Fafter%3Dbatch_7"
 
 
 def test_an_expired_session_never_comes_back_to_another_site(db: None) -> None:
     elsewhere = {"hx-request": "true", "hx-current-url": "https://evil.test/x"}
-    response = Client().get("/", headers=elsewhere)
+    response = Client().get("/batches", headers=elsewhere)
     assert response["HX-Redirect"] == "/accounts/login/?next=/"
 
 
@@ -95,14 +100,14 @@ def test_a_person_of_no_organization_is_told_what_to_do(db: None) -> None:
     user = User.objects.create_user("alone@nowhere.test", PASSWORD)
     client = Client()
     client.force_login(user, backend="allauth.account.auth_backends.AuthenticationBackend")
-    response = client.get("/")
+    response = client.get("/batches")
     assert response.status_code == 403
     assert "create_org" in response.content.decode()
-    assert client.get("/", headers=HTMX)["HX-Refresh"] == "true"
+    assert client.get("/batches", headers=HTMX)["HX-Refresh"] == "true"
 
 
 def test_pages_are_not_kept_by_caches(owner: Person) -> None:
-    response = owner.browser.get("/")
+    response = owner.browser.get("/batches")
     assert response["Cache-Control"] == "max-age=0, no-cache, no-store, must-revalidate, private"
 
 
@@ -116,19 +121,19 @@ def test_the_list_has_the_organizations_batches_newest_first(
     mine = [batch_of(owner), batch_of(teammate), batch_of(owner)]
     newest_first = [batch.pk for batch in reversed(mine)]
     for person in (owner, teammate):
-        assert shown(person.browser.get("/")) == newest_first
-    assert shown(stranger.browser.get("/")) == [foreign.pk]
+        assert shown(person.browser.get("/batches")) == newest_first
+    assert shown(stranger.browser.get("/batches")) == [foreign.pk]
 
 
 def test_the_list_pages_by_key(owner: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "PAGE_SIZE", 2)
     newest_first = [batch_of(owner).pk for _ in range(5)][::-1]
-    found, path = [], "/"
+    found, path = [], "/batches"
     while path:
         response = owner.browser.get(path)
         found.append(shown(response))
         older = re.search(r'href="(\?after=\w+)"', response.content.decode())
-        path = f"/{older[1]}" if older else ""
+        path = f"/batches{older[1]}" if older else ""
     assert found == [newest_first[:2], newest_first[2:4], newest_first[4:]]
 
 
@@ -145,9 +150,9 @@ def test_the_lists_queries_do_not_grow_with_its_rows(owner: Person, echo: Model)
         client = owner.browser
         with CaptureQueriesContext(
             connection,
-        ) as queries:
-            client.get("/")
-        return len(queries)
+        ) as found:
+            client.get("/batches")
+        return len(found)
 
     def finished() -> None:
         made = {"output_file": file_of(owner), "error_file": file_of(owner), "model": echo}
@@ -163,7 +168,7 @@ def test_the_lists_queries_do_not_grow_with_its_rows(owner: Person, echo: Model)
 @pytest.mark.parametrize("status", Status.values)
 def test_every_status_is_shown_in_words_with_an_icon(owner: Person, status: str) -> None:
     batch_of(owner, status=status, total=3, completed=1, failed=1)
-    said = owner.browser.get("/").content.decode()
+    said = owner.browser.get("/batches").content.decode()
     colour, icon = views.LOOKS[status]
     badge = re.search(r'<span class="status (.+?) .+?#(.+?)".*?</svg>\s*(.+?)</span>', said, re.S)
     assert badge
@@ -172,7 +177,7 @@ def test_every_status_is_shown_in_words_with_an_icon(owner: Person, status: str)
 
 def test_progress_is_shown_as_counts_and_percent(owner: Person) -> None:
     batch_of(owner, status=Status.IN_PROGRESS, total=40_000, completed=9_990, failed=10)
-    said = owner.browser.get("/").content.decode()
+    said = owner.browser.get("/batches").content.decode()
     assert 'max="100" value="25"' in said
     assert "10,000 of 40,000" in said
     assert "10 failed" in said
@@ -181,7 +186,7 @@ def test_progress_is_shown_as_counts_and_percent(owner: Person) -> None:
 def test_a_failed_validation_says_the_first_bad_line(owner: Person) -> None:
     bad = {"code": "x", "message": "<i>no</i> JSON", "param": None, "line": 7}
     batch_of(owner, status=Status.FAILED, errors=[bad, bad, bad])
-    said = owner.browser.get("/").content.decode()
+    said = owner.browser.get("/batches").content.decode()
     assert "Line 7: &lt;i&gt;no&lt;/i&gt; JSON" in said
     assert "and 2 more" in said
 
@@ -189,26 +194,163 @@ def test_a_failed_validation_says_the_first_bad_line(owner: Person) -> None:
 def test_what_tenants_send_is_escaped(owner: Person) -> None:
     hostile = '"><img src=x onerror=alert(1)>'
     batch_of(owner, name=f"{hostile}.jsonl", metadata={hostile: hostile, "items": "0"})
-    said = owner.browser.get("/").content.decode()
+    said = owner.browser.get("/batches").content.decode()
     assert "<img" not in said
     assert said.count("&lt;img src=x onerror=alert(1)&gt;") >= 3
     assert "items: 0" in said
 
 
 def test_the_empty_list_says_what_to_do_next(owner: Person, echo: Model) -> None:
-    said = owner.browser.get("/").content.decode()
+    said = owner.browser.get("/batches").content.decode()
     assert 'OpenAI(base_url="http://testserver/v1")' in said
-    assert "./run manage create_api_key --org acme --name" in said
+    assert 'href="/organization/keys/new"' in said
     assert "register_model" not in said
 
 
+def test_the_empty_list_tells_viewers_whom_to_ask(viewer: Person) -> None:
+    said = viewer.browser.get("/batches").content.decode()
+    assert "ask an owner or admin of the organization" in said
+    assert 'href="/organization/keys/new"' not in said
+
+
+def test_who_may_see_no_batches_is_sent_on(reviewer: Person) -> None:
+    assert reviewer.browser.get("/")["Location"] == "/organization"
+    assert reviewer.browser.get("/batches").status_code == 403
+
+
 def test_the_empty_list_says_how_to_register_the_first_model(owner: Person) -> None:
-    assert "./run manage register_model" in owner.browser.get("/").content.decode()
+    assert "./run manage register_model" in owner.browser.get("/batches").content.decode()
 
 
 def test_in_production_the_snippet_has_the_public_address(owner: Person, settings: Any) -> None:
     settings.PRODUCTION, settings.BASE_URL = True, "https://batches.example"
-    assert "https://batches.example/v1" in owner.browser.get("/").content.decode()
+    assert "https://batches.example/v1" in owner.browser.get("/batches").content.decode()
+
+
+# --- Filters --------------------------------------------------------------------------------
+
+
+def filtered(person: Person, query: str) -> list[str]:
+    return shown(person.browser.get(f"/batches?{query}"))
+
+
+def test_the_list_is_filtered_by_status(owner: Person) -> None:
+    made = {status: batch_of(owner, status=status).pk for status in Status.values}
+    for status, id in made.items():
+        assert filtered(owner, f"status={status}") == [id]
+    unfinished = [made[status] for status in Status.values if status in NEXT]
+    assert filtered(owner, "status=unfinished") == unfinished[::-1]
+
+
+def test_the_list_is_filtered_by_model_project_person_and_key(
+    owner: Person, teammate: Person, echo: Model
+) -> None:
+    batch_of(owner)
+    mine = batch_of(owner, model=echo)
+    theirs = batch_of(teammate)
+    project = projects.create_project(actor=owner.caller, name="Evals")
+    with scopes_disabled():
+        key = ApiKey.objects.get(created_by=teammate.user)
+        Batch.objects.filter(pk=theirs.pk).update(project=project, api_key=key)
+    assert filtered(owner, f"model={echo.pk}") == [mine.pk]
+    assert filtered(owner, f"user={teammate.user.pk}") == [theirs.pk]
+    assert filtered(owner, f"project={project.pk}") == [theirs.pk]
+    assert filtered(owner, f"key={key.pk}") == [theirs.pk]
+    assert filtered(owner, f"key={key.pk}&model={echo.pk}") == []
+
+
+def test_the_list_is_filtered_by_days(owner: Person) -> None:
+    found = []
+    for day in (1, 2, 3):
+        with time_machine.travel(datetime(2026, 5, day, 23, 59, 59, 999_000, UTC), tick=False):
+            found.append(batch_of(owner).pk)
+    assert filtered(owner, "since=2026-05-02") == [found[2], found[1]]
+    assert filtered(owner, "until=2026-05-02") == [found[1], found[0]]
+    assert filtered(owner, "since=2026-05-02&until=2026-05-02") == [found[1]]
+
+
+def test_the_list_is_filtered_by_metadata(owner: Person) -> None:
+    one = batch_of(owner, metadata={"run": "a=b", "of": "x"})
+    batch_of(owner, metadata={"run": "a"})
+    batch_of(owner)
+    assert filtered(owner, "metadata=run=a%3Db") == [one.pk]
+    assert filtered(owner, "metadata=+of+%3D+x+") == [one.pk]
+    assert filtered(owner, "metadata=run=x") == []
+
+
+def test_the_list_is_searched_by_name_and_id(owner: Person, stranger: Person) -> None:
+    one, other = batch_of(owner, name="Nightly_100%.jsonl"), batch_of(owner, name="b.jsonl")
+    foreign = batch_of(stranger, name="nightly.jsonl")
+    assert filtered(owner, "q=nightly") == [one.pk]
+    assert filtered(owner, "q=0%25") == [one.pk]
+    assert filtered(owner, f"q={other.pk[-9:]}") == [other.pk]
+    assert filtered(owner, f"q={foreign.pk}") == []
+
+
+def test_a_search_looks_at_so_many_batches_and_can_be_gone_on_with(
+    owner: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "SEARCHED", 2)
+    wanted = batch_of(owner, name="wanted.jsonl")
+    for _ in range(6):
+        batch_of(owner)
+    pages, path = [], "/batches?q=wanted"
+    while path:
+        response = owner.browser.get(path)
+        pages.append(shown(response))
+        older = re.search(r'href="(\?q=wanted&amp;after=\w+)"', response.content.decode())
+        path = f"/batches{unescape(older[1])}" if older else ""
+    assert pages == [[], [], [wanted.pk]]
+
+
+def test_paging_keeps_the_filters(owner: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "PAGE_SIZE", 2)
+    wanted = [batch_of(owner, status=Status.FAILED).pk for _ in range(3)][::-1]
+    batch_of(owner)
+    first = owner.browser.get("/batches?status=failed&since=2020-01-01")
+    assert shown(first) == wanted[:2]
+    older = re.search(r'href="(\?[^"]+after=\w+)"', first.content.decode())
+    assert older
+    assert shown(owner.browser.get(f"/batches{unescape(older[1])}")) == wanted[2:]
+
+
+def test_what_is_no_filter_is_said_and_left_out(owner: Person) -> None:
+    batch = batch_of(owner)
+    for query in ("since=soon", "metadata=x", "status=odd", "project=proj_0", "user=x"):
+        response = owner.browser.get(f"/batches?{query}")
+        assert (response.status_code, shown(response)) == (400, [batch.pk])
+        assert 'class="portal-error"' in response.content.decode()
+
+
+def test_filters_choose_among_ones_own(owner: Person, stranger: Person) -> None:
+    batch_of(owner)
+    register_model(
+        name="theirs", source="none", engine="instant", organizations=[stranger.caller.organization]
+    )
+    said = owner.browser.get("/batches").content.decode()
+    assert "theirs" not in said
+    assert "globex" not in said.lower()
+
+
+def test_where_nothing_matches_the_page_leads_back_to_all(owner: Person) -> None:
+    batch_of(owner)
+    said = owner.browser.get("/batches?status=failed").content.decode()
+    assert "No batch is like that" in said
+    assert 'value="failed" selected' in said
+
+
+def test_filtered_lists_have_constant_queries(owner: Person, echo: Model) -> None:
+    def count() -> int:
+        client = owner.browser
+        with CaptureQueriesContext(connection) as found:
+            client.get("/batches?q=in&status=completed&metadata=a=b")
+        return len(found)
+
+    batch_of(owner, status=Status.COMPLETED, model=echo, metadata={"a": "b"})
+    of_one = count()
+    for _ in range(2):
+        batch_of(owner, status=Status.COMPLETED, model=echo, metadata={"a": "b"})
+    assert count() == of_one
 
 
 # --- Live -----------------------------------------------------------------------------------
@@ -217,7 +359,7 @@ def test_in_production_the_snippet_has_the_public_address(owner: Person, setting
 def test_htmx_gets_the_rows_alone_and_asks_again_while_one_is_unfinished(owner: Person) -> None:
     batch_of(owner, status=Status.COMPLETED)
     batch_of(owner)
-    response = owner.browser.get("/", headers=HTMX)
+    response = owner.browser.get("/batches", headers=HTMX)
     said = response.content.decode()
     assert response.status_code == 200
     assert said.strip().startswith('<section id="batches"')
@@ -227,7 +369,7 @@ def test_htmx_gets_the_rows_alone_and_asks_again_while_one_is_unfinished(owner: 
 @pytest.mark.parametrize("status", sorted(set(Status.values) - set(NEXT)))
 def test_htmx_is_told_to_stop_when_all_are_finished(owner: Person, status: str) -> None:
     batch_of(owner, status=status)
-    response = owner.browser.get("/", headers=HTMX)
+    response = owner.browser.get("/batches", headers=HTMX)
     assert response.status_code == views.STOP_POLLING
     assert 'hx-trigger="portal:seen from:body"' in response.content.decode()
 
@@ -238,9 +380,9 @@ def test_htmx_is_told_to_stop_when_all_are_finished(owner: Person, status: str) 
 def test_a_running_batch_can_be_cancelled(owner: Person, teammate: Person) -> None:
     batch = batch_of(owner, status=Status.IN_PROGRESS)
     path = reverse("cancel_batch", args=[batch.pk])
-    assert path in teammate.browser.get("/").content.decode()
+    assert path in teammate.browser.get("/batches").content.decode()
     response = teammate.browser.post(path)
-    assert (response.status_code, response["Location"]) == (302, "/")
+    assert (response.status_code, response["Location"]) == (302, "/batches")
     assert status_of(batch) == Status.CANCELLING
 
 
@@ -248,7 +390,7 @@ def test_a_running_batch_can_be_cancelled(owner: Person, teammate: Person) -> No
 def test_a_batch_that_is_past_cancelling_says_so(owner: Person, status: str) -> None:
     batch = batch_of(owner, status=status)
     path = reverse("cancel_batch", args=[batch.pk])
-    assert path not in owner.browser.get("/").content.decode()
+    assert path not in owner.browser.get("/batches").content.decode()
     response = owner.browser.post(path)
     said = [str(message) for message in get_messages(response.wsgi_request)]
     assert said == [f"A batch that is {status} can no longer be cancelled."]
@@ -258,7 +400,7 @@ def test_a_batch_that_is_past_cancelling_says_so(owner: Person, status: str) -> 
 def test_a_viewer_may_look_but_not_cancel(owner: Person, viewer: Person) -> None:
     batch = batch_of(owner)
     path = reverse("cancel_batch", args=[batch.pk])
-    page = viewer.browser.get("/")
+    page = viewer.browser.get("/batches")
     assert shown(page) == [batch.pk]
     assert path not in page.content.decode()
     assert viewer.browser.post(path).status_code == 403
@@ -288,6 +430,44 @@ def test_cancelling_needs_the_forms_token(owner: Person) -> None:
     assert b"This form is out of date" in response.content
 
 
+def test_several_are_cancelled_after_a_question(owner: Person, stranger: Person) -> None:
+    foreign = batch_of(stranger, status=Status.IN_PROGRESS)
+    chosen = [batch_of(owner, status=Status.IN_PROGRESS, name=f"{at}.jsonl") for at in range(2)]
+    done = batch_of(owner, status=Status.COMPLETED)
+    other = batch_of(owner, status=Status.IN_PROGRESS)
+    ids = [each.pk for each in (*chosen, done, foreign)]
+    asked = owner.browser.post("/batches/cancel", {"batch": ids})
+    said = asked.content.decode()
+    assert "Cancel 2 batches?" in said
+    assert re.findall(r'name="batch" value="(\w+)"', said) == [each.pk for each in chosen[::-1]]
+    assert ("1.jsonl" in said, done.pk in said, foreign.pk in said) == (True, True, False)
+    assert {status_of(each) for each in chosen} == {Status.IN_PROGRESS}
+
+    response = owner.browser.post("/batches/cancel", {"batch": ids, "sure": "yes"})
+    assert response["Location"] == "/batches"
+    assert [str(message) for message in get_messages(response.wsgi_request)] == [
+        "2 batches are being cancelled; answered requests are kept.",
+        f"It was too late to cancel {done.pk}.",
+    ]
+    assert {status_of(each) for each in chosen} == {Status.CANCELLING}
+    assert (status_of(other), status_of(foreign)) == (Status.IN_PROGRESS, Status.IN_PROGRESS)
+
+
+def test_cancelling_none_asks_for_some(owner: Person) -> None:
+    response = owner.browser.post("/batches/cancel", {"batch": ["batch_0", "\0"], "sure": "yes"})
+    said = [str(message) for message in get_messages(response.wsgi_request)]
+    assert (response["Location"], said) == ("/batches", ["Choose the batches to cancel first."])
+
+
+def test_a_viewer_may_not_choose(owner: Person, viewer: Person) -> None:
+    batch = batch_of(owner, status=Status.IN_PROGRESS)
+    assert 'name="batch"' not in viewer.browser.get("/batches").content.decode()
+    assert 'name="batch"' in owner.browser.get("/batches").content.decode()
+    response = viewer.browser.post("/batches/cancel", {"batch": [batch.pk], "sure": "yes"})
+    assert response.status_code == 403
+    assert status_of(batch) == Status.IN_PROGRESS
+
+
 # --- Downloads ------------------------------------------------------------------------------
 
 
@@ -314,7 +494,7 @@ def test_a_finished_batch_links_the_files_that_are_left(owner: Person) -> None:
     output, errors = file_of(owner, name="o.jsonl"), file_of(owner, name="e.jsonl")
     batch_of(owner, status=Status.COMPLETED, output_file=output, error_file=errors)
     files.delete_file(actor=owner.caller, file=errors)
-    links = re.findall(r'href="(/files/.+?)"', owner.browser.get("/").content.decode())
+    links = re.findall(r'href="(/files/.+?)"', owner.browser.get("/batches").content.decode())
     assert links == [reverse("file_content", args=[output.pk])]
 
 
@@ -323,7 +503,7 @@ def test_a_finished_batch_links_the_files_that_are_left(owner: Person) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("post", "/"), ("post", "/files/x/content"), ("get", "/batches/x/cancel")],
+    [("post", "/batches"), ("post", "/files/x/content"), ("get", "/batches/x/cancel")],
 )
 def test_other_methods_are_405(owner: Person, method: str, path: str) -> None:
     assert getattr(owner.browser, method)(path).status_code == 405
@@ -332,13 +512,16 @@ def test_other_methods_are_405(owner: Person, method: str, path: str) -> None:
 def test_nothing_in_a_page_needs_an_inline_exception_of_the_policy(owner: Person) -> None:
     batch_of(owner, status=Status.IN_PROGRESS, total=3, completed=1)
     batch_of(owner, status=Status.COMPLETED, output_file=file_of(owner))
-    pages = [owner.browser.get(path) for path in ("/", "/?after=batch_", "/nothing")]
+    pages = [owner.browser.get(path) for path in ("/batches", "/?after=batch_", "/nothing")]
     pages += [Client().get(path) for path in ("/accounts/login/", "/accounts/signup/")]
     for response in pages:
         said = response.content.decode()
         assert "unsafe" not in response["Content-Security-Policy"]
         assert (
-            re.findall(r"\sstyle=|<style|\son\w+=|<script(?! src=)|https?://(?!www.w3)", said) == []
+            re.findall(
+                r"\sstyle=|<style|\son\w+=|<script(?! src=|[^>]*/json)|https?://(?!www.w3)", said
+            )
+            == []
         )
 
 
@@ -363,9 +546,9 @@ def test_signing_in_and_out(owner: Person) -> None:
     assert 'class="alert alert-danger"' in wrong.content.decode()
     right = client.post("/accounts/login/", {"login": "owner@acme.test", "password": PASSWORD})
     assert (right.status_code, right["Location"]) == (302, "/")
-    assert client.get("/").status_code == 200
+    assert client.get("/batches").status_code == 200
     client.post("/accounts/logout/")
-    assert client.get("/").status_code == 302
+    assert client.get("/batches").status_code == 302
 
 
 def test_the_page_of_an_unexpected_error_needs_nothing() -> None:
@@ -377,9 +560,16 @@ def test_a_batch_that_waits_for_a_model_that_does_not_load_says_so(
     owner: Person, echo: Model
 ) -> None:
     batch_of(owner, status=Status.IN_PROGRESS, total=3, model=echo)
-    note_load("echo", error="no room at /a/secret/path")
-    page = owner.browser.get("/").content.decode()
-    assert "Its model could not be loaded; it is tried again every minute." in page
+    note_failure("echo", why="no room at /a/secret/path")
+    page = owner.browser.get("/batches").content.decode()
+    assert "Its model could not be loaded; it is tried again from time to time." in page
     assert "/a/secret/path" not in page
-    note_load("echo", error="")
-    assert "could not be loaded" not in owner.browser.get("/").content.decode()
+    note_load("echo", Change.LOAD, worker="gpu0", gpu="", seconds=1.0)
+    assert "could not be loaded" not in owner.browser.get("/batches").content.decode()
+
+
+@pytest.mark.parametrize("status", [Status.FINALIZING, Status.CANCELLING, Status.COMPLETED])
+def test_a_batch_that_ends_waits_for_no_model(status: Status, owner: Person, echo: Model) -> None:
+    batch_of(owner, status=status, total=3, model=echo)
+    note_failure("echo", why="no room")
+    assert "could not be loaded" not in owner.browser.get("/batches").content.decode()

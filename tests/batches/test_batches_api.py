@@ -71,6 +71,8 @@ def test_a_new_batch_is_answered_as_openai_does(owner: Person, disk: Disk) -> No
         },
         "metadata": None,
         "priority": "normal",
+        "queue": None,
+        "webhook": None,
     }
     assert owner.api.get(f"/v1/batches/{batch['id']}").json() == batch
 
@@ -124,8 +126,9 @@ def test_retrieving_and_creating_cost_few_queries(owner: Person, echo: Model, di
         api.get(f"/v1/batches/{batch_id}")
     with CaptureQueriesContext(connection) as writing:
         post(api, "/v1/batches", batch_body(file_id))
-    # the key and the batch; the key, the file, a savepoint, the batch, the savepoint's end
-    assert (len(reading), len(writing)) == (2, 5)
+    # The key, its limits and the batch; the key, its limits, the file, a savepoint, the batch, the organization locked, its
+    # quotas, the reservation, the savepoint's end.
+    assert (len(reading), len(writing)) == (3, 9)
 
 
 def test_a_list_of_three_costs_as_many_queries_as_a_list_of_one(
@@ -135,7 +138,7 @@ def test_a_list_of_three_costs_as_many_queries_as_a_list_of_one(
     one = queries_of(owner.api, "/v1/batches")
     for _ in range(2):
         validated(owner.api, line())
-    assert (one, queries_of(owner.api, "/v1/batches")) == (2, 2)
+    assert (one, queries_of(owner.api, "/v1/batches")) == (3, 3)
 
 
 def test_lists_are_paged_by_key_newest_first(owner: Person, disk: Disk) -> None:

@@ -8,13 +8,15 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.db import OperationalError, connection
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
 from django_scopes import scopes_disabled
 
 from batches import storage
 from batches.models import Batch, File, Suspect
 from batches.models.batches import Status
-from batches.services import batches, files, finalization, leases, sweep
+from batches.services import batches, finalization, leases, sweep
 from batches.services.finalization import LETTING_GO, finalize_batch
 from batches.services.leases import LeaseLost
 from tests import jobs
@@ -185,7 +187,8 @@ def test_the_journal_the_index_and_the_suspects_are_forgotten(
     assert jobs.journal(batch) == []
     with scopes_disabled():
         assert Suspect.objects.filter(batch=batch).count() == 0
-    assert jobs.kept() == {batch.input_file.storage_name, end.output_file.storage_name}
+    names = {batch.input_file.storage_name, end.output_file.storage_name, end.results_name}
+    assert jobs.kept() == names
 
 
 def test_a_file_of_answers_is_the_tenants_and_expires_as_asked(owner: Person) -> None:
@@ -230,9 +233,8 @@ def test_finalizing_at_the_same_time_makes_the_files_once(owner: Person) -> None
     assert end.error_file is not None
     with scopes_disabled():
         assert File.objects.filter(purpose="batch_output").count() == 2
-    assert jobs.kept() == {
-        file.storage_name for file in (batch.input_file, end.output_file, end.error_file)
-    }
+    made = (batch.input_file, end.output_file, end.error_file)
+    assert jobs.kept() == {file.storage_name for file in made} | {end.results_name}
     assert jobs.journal(batch) == []
 
 
@@ -244,13 +246,13 @@ def test_a_finalizing_that_breaks_off_leaves_no_file_and_can_be_repeated(
     answered(batch, [1, 2], [3], finished=True)
     before = jobs.kept()
 
-    def broken(*args: Any, **given: Any) -> Any:
-        if given["filename"].endswith("_errors.jsonl"):
+    def broken(name: str, content: Any) -> str:
+        if content.name == "errors":
             raise OSError("the disk is full")
-        return keep(*args, **given)
+        return keep(name, content)
 
-    keep = files.keep
-    monkeypatch.setattr(finalization.files, "keep", broken)
+    keep = storage.keep
+    monkeypatch.setattr(storage, "keep", broken)
     with pytest.raises(OSError, match="the disk is full"):
         finalize_batch(batch.pk)
     monkeypatch.undo()
@@ -258,6 +260,72 @@ def test_a_finalizing_that_breaks_off_leaves_no_file_and_can_be_repeated(
     assert jobs.journal(batch) == [1, 2, 3]
     assert jobs.kept() == before
     assert ended(batch).status == Status.COMPLETED
+
+
+@threaded
+def test_bytes_are_put_before_any_row_is_locked(
+    owner: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket may take minutes for them."""
+    batch = jobs.running(owner.caller, 3)
+    answered(batch, [1, 2], [3], finished=True)
+    locking = []
+
+    def looked(name: str, content: Any) -> str:
+        locking.append(connection.in_atomic_block)
+        return keep(name, content)
+
+    keep = storage.keep
+    monkeypatch.setattr(storage, "keep", looked)
+    assert (ended(batch).status, locking) == (Status.COMPLETED, [False] * 3)
+
+
+@threaded
+@pytest.mark.parametrize("done", [False, True])
+def test_bytes_stay_when_a_commit_fails_for_it_may_have_been_done(
+    owner: Person, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    batch = jobs.running(owner.caller, 2)
+    answered(batch, [1], [2], finished=True)
+    record, commit = finalization._record, BaseDatabaseWrapper.commit
+
+    def broken(self: BaseDatabaseWrapper) -> None:
+        if done:
+            commit(self)
+        raise OperationalError("the server closed the connection unexpectedly")
+
+    def last(*args: Any) -> None:
+        record(*args)
+        patch.setattr(BaseDatabaseWrapper, "commit", broken)
+
+    before = jobs.kept()
+    with monkeypatch.context() as patch:
+        patch.setattr(finalization, "_record", last)
+        with pytest.raises(OperationalError):
+            finalize_batch(batch.pk)
+    assert len(jobs.kept() - before) == 3  # the two files, and where what lies in them
+    assert jobs.fresh(batch).status == (Status.COMPLETED if done else Status.FINALIZING)
+    end = ended(batch)
+    assert (jobs.custom_ids(end.output_file), jobs.custom_ids(end.error_file)) == (["1"], ["2"])
+
+
+@threaded
+def test_bytes_go_when_another_has_ended_the_batch(
+    owner: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two may be at it where the first one's session, and with it its lock, was lost."""
+    batch = jobs.running(owner.caller, 2)
+    answered(batch, [1], [2], finished=True)
+    record = finalization._record
+
+    def overtaken(*args: Any) -> None:
+        jobs.change(batch, status=Status.COMPLETED)
+        record(*args)
+
+    before = jobs.kept()
+    monkeypatch.setattr(finalization, "_record", overtaken)
+    finalize_batch(batch.pk)
+    assert jobs.kept() == before
 
 
 def test_a_leased_chunk_is_waited_for(owner: Person) -> None:

@@ -13,9 +13,10 @@ from django.db import connection, transaction
 from django.utils import timezone
 from django_scopes import scopes_disabled
 
+from batches import policy
 from batches.models import Batch, Chunk, Result
 from batches.models.batches import ChunkState, Status
-from batches.services import batches, leases
+from batches.services import batches, halts, leases
 from batches.services.finalization import finalize_batch
 from batches.services.leases import Lease, LeaseLost
 from models_registry.services import register_model
@@ -53,6 +54,18 @@ def payload(batch: Batch, line: int) -> bytes:
 # --- Getting a chunk ------------------------------------------------------------------------
 
 
+def test_what_comes_next_is_another_model_that_has_a_chunk_and_is_not_avoided(
+    owner: Person,
+) -> None:
+    register_model(name="other", source="none", engine="instant")
+    jobs.running(owner.caller, 3)
+    given: dict[str, Any] = {"owner": "worker", "residency": timedelta(days=1), "asked": {}}
+    assert leases.upcoming(loaded="echo", **given) == ""
+    assert leases.upcoming(loaded="other", **given) == "echo"
+    assert leases.upcoming(loaded="other", **given, asleep=["echo"]) == ""
+    assert leases.upcoming(loaded="other", **given, avoid=["echo"]) == ""
+
+
 def test_nothing_waits_nothing_is_leased() -> None:
     assert next_lease() is None
 
@@ -72,6 +85,7 @@ def test_a_lease_says_all_that_a_worker_needs(owner: Person) -> None:
         model="echo",
         input_name=batch.input_file.storage_name,
         index_name=batch.index_name,
+        charged=pytest.approx(chunk.tokens / policy.DEFAULT_SPEED),
     )
     assert (chunk.state, chunk.lease_owner) == (ChunkState.LEASED, "gpu0")
     assert chunk.lease_expires_at is not None
@@ -124,10 +138,10 @@ def test_when_others_took_a_batchs_last_chunk_the_next_batch_is_served(
 ) -> None:
     first, second = jobs.running(owner.caller, 1), jobs.running(owner.caller, 1)
     with scopes_disabled():
-        candidates = leases.queries.candidates()
+        waiting = leases.queries.waiting_batches()
     jobs.lease("faster")
-    monkeypatch.setattr(leases.queries, "candidates", lambda avoid: candidates)
-    assert [candidate.batch_id for candidate in candidates] == [first.pk, second.pk]
+    monkeypatch.setattr(leases.queries, "waiting_batches", lambda avoid, held: waiting)
+    assert [each.batch for each in waiting["echo"]] == [first.pk, second.pk]
     assert jobs.lease("slower").batch_id == second.pk
     assert next_lease() is None
 
@@ -576,6 +590,19 @@ def test_saves_renewals_and_the_end_of_a_batch_never_deadlock(owner: Person) -> 
 
 
 @threaded
+def test_a_chunk_that_a_worker_was_cut_off_from_amid_a_save_holds_nobody_up(owner: Person) -> None:
+    """Its transaction keeps the row locked until the server ends it: sweeps do not wait for that."""
+    jobs.running(owner.caller, 20)
+    stuck, other = jobs.lease(), jobs.lease()
+    for lease in (stuck, other):
+        jobs.expire_lease(lease.chunk_id)
+    with transaction.atomic(), scopes_disabled():
+        Chunk.objects.select_for_update().get(pk=stuck.chunk_id)
+        assert jobs.together(leases.release_expired) == [1]
+    assert leases.release_expired() == 1
+
+
+@threaded
 def test_a_save_that_breaks_off_leaves_neither_results_nor_counts(
     owner: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -610,6 +637,77 @@ def test_what_is_avoided_does_not_crowd_out_the_rest(owner: Person) -> None:
     """A thousand batches of a model that does not load must not hide the one that could run."""
     avoided, other = jobs.running(owner.caller, 1), jobs.running(owner.caller, 1)
     with scopes_disabled():
-        found = leases.queries.candidates([avoided.pk])
-        assert [candidate.batch_id for candidate in found] == [other.pk]
-        assert leases.queries.candidates(["echo"]) == []
+        found = leases.queries.waiting_batches([avoided.pk])
+        assert [each.batch for each in found["echo"]] == [other.pk]
+        assert leases.queries.waiting_batches(["echo"]) == {}
+
+
+# --- What operators hold ----------------------------------------------------------------------
+
+
+def held(batch: Batch) -> None:
+    jobs.change(batch, held_at=timezone.now(), held_why="operator")
+
+
+def halted_model(batch: Batch) -> None:
+    halts.halt_model(actor=None, name="echo", halt="paused")
+
+
+def halted_organization(batch: Batch) -> None:
+    halts.halt_organization(actor=None, organization=batch.organization, halt="paused")
+
+
+HOLDS = [held, halted_model, halted_organization]
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_what_is_held_is_not_leased_not_wanted_and_let_go(
+    owner: Person, hold: Callable[[Batch], None]
+) -> None:
+    batch = jobs.running(owner.caller, 20)
+    lease = jobs.lease()
+    assert leases.renew([lease]) == {lease.chunk_id: "in_progress"}
+    hold(batch)
+    assert next_lease() is None
+    assert leases._claim(batch.pk, "worker") is None
+    assert not leases.is_wanted("echo")
+    assert leases.renew([lease]) == {lease.chunk_id: "held"}
+    leases.save(lease=lease, outcomes=[outcome(1)], finished=False)
+    leases.give_back(lease)
+    assert jobs.states(batch) == [("ready", 0), ("ready", 0)]
+    assert jobs.counters(batch) == (20, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["echo", ""])
+def test_what_drains_ends_what_runs_and_begins_nothing(owner: Person, name: str) -> None:
+    batch = jobs.running(owner.caller, 20)
+    lease = jobs.lease()
+    if name:
+        halts.halt_model(actor=None, name=name, halt="draining")
+    else:
+        halts.halt_organization(actor=None, organization=batch.organization, halt="draining")
+    assert leases.renew([lease]) == {lease.chunk_id: "in_progress"}
+    assert next_lease() is None
+    jobs.finish(lease)
+    assert jobs.states(batch) == [("done", 0), ("ready", 0)]
+
+
+def test_held_batches_are_never_leased_whatever_happens_around_them(owner: Person) -> None:
+    """Any order of holding, releasing, leasing and giving back."""
+    chance, mine = random.Random(7), [jobs.running(owner.caller, 30) for _ in range(3)]
+    on_hold, taken = set[str](), list[Lease]()
+    for _ in range(120):
+        batch = chance.choice(mine)
+        what = chance.choice(("hold", "release", "lease", "lease", "give back"))
+        if what == "hold":
+            held(batch)
+            on_hold.add(batch.pk)
+        elif what == "release":
+            jobs.change(batch, held_at=None, held_why="")
+            on_hold.discard(batch.pk)
+        elif what == "give back" and taken:
+            leases.give_back(taken.pop(chance.randrange(len(taken))))
+        elif what == "lease" and (lease := next_lease(loaded="echo", only="echo")):
+            assert lease.batch_id not in on_hold
+            taken.append(lease)
+    assert taken

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from django.core.files.uploadedfile import SimpleUploadedFile
+from django.db import OperationalError, connection
 from django.utils import timezone
 from django_scopes import scopes_disabled
 
@@ -105,7 +106,7 @@ def test_a_batch_past_its_window_is_finalized(owner: Person, swept: Any, leased:
     assert jobs.fresh(other).status == Status.IN_PROGRESS
 
 
-@pytest.mark.parametrize("status", [each for each in Status if each != Status.IN_PROGRESS])
+@pytest.mark.parametrize("status", sorted(set(Status) - {Status.IN_PROGRESS, Status.VALIDATING}))
 def test_only_a_running_batch_expires(owner: Person, swept: Any, status: str) -> None:
     batch = jobs.running(owner.caller, 2)
     jobs.change(batch, status=status)
@@ -167,6 +168,21 @@ def test_sweeps_at_the_same_time_do_no_harm(owner: Person, wakeups_sent: list[An
     assert jobs.together(*[sweep] * 4) == [None] * 4
     assert {jobs.fresh(batch).status for batch in late} == {Status.FINALIZING}
     assert jobs.states(dead) == [("ready", 1)]
+
+
+def test_a_step_that_gives_way_leaves_none_out_after_it(
+    owner: Person, swept: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def release_expired() -> None:
+        raise OperationalError("deadlock detected")
+
+    monkeypatch.setattr(leases, "release_expired", release_expired)
+    batch = jobs.running(owner.caller, 1)
+    past(batch)
+    assert set(swept()) == {("batches.tasks.finalize", batch.pk)}
+    monkeypatch.setattr(connection, "is_usable", lambda: False)
+    with pytest.raises(OperationalError, match="deadlock"):
+        swept()
 
 
 # --- Files, uploads and keys ----------------------------------------------------------------

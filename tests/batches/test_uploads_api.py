@@ -14,8 +14,11 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from django_scopes import scopes_disabled
 
-from batches.models import File, Upload
+from batches import storage
+from batches.models import File, Upload, UploadPart
 from batches.services import uploads
+from batches.services.files import purge_parts
+from batches.storage import StorageAway
 from tests.batches.conftest import Disk
 from tests.batches.test_files_api import client_with
 from tests.conftest import Person
@@ -55,9 +58,7 @@ def cancel(api: Client, upload_id: str, **headers: str) -> Any:
     return api.post(f"/v1/uploads/{upload_id}/cancel", headers=headers or None)
 
 
-def test_parts_become_a_file_in_the_order_of_their_ids(
-    owner: Person, disk: Disk, django_capture_on_commit_callbacks: Any
-) -> None:
+def test_parts_become_a_file_in_the_order_of_their_ids(owner: Person, disk: Disk) -> None:
     upload = begun(owner.api)
     with scopes_disabled():
         row = Upload.objects.get()
@@ -76,12 +77,12 @@ def test_parts_become_a_file_in_the_order_of_their_ids(
     second, first = part(owner.api, row.pk, CONTENT[10:]), part(owner.api, row.pk, CONTENT[:10])
     part(owner.api, row.pk, b"sent twice")
     digest = hashlib.md5(CONTENT).hexdigest().upper()
-    with django_capture_on_commit_callbacks(execute=True):
-        done = complete(owner.api, row.pk, first, second, md5=digest).json()
+    done = complete(owner.api, row.pk, first, second, md5=digest).json()
     file = owner.api.get(f"/v1/files/{done['file']['id']}").json()
     assert done == upload | {"status": "completed", "file": file}
     assert (file["bytes"], file["purpose"]) == (len(CONTENT), "batch")
     assert owner.api.get(f"/v1/files/{file['id']}/content").getvalue() == CONTENT
+    purge_parts()
     assert disk.files == [f"{owner.caller.organization.pk}/{file['id']}"]
 
 
@@ -128,13 +129,10 @@ def test_a_part_without_bytes_or_with_too_many_is_refused(
     assert disk.files == []
 
 
-def test_parts_of_more_than_an_upload_may_have_in_all_are_refused(
-    owner: Person, disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uploads, "MAX_UPLOAD_BYTES", 100)
+def test_parts_of_more_than_twice_what_was_announced_are_refused(owner: Person, disk: Disk) -> None:
     id = begun(owner.api)["id"]
-    part(owner.api, id, b"x" * 60)
-    part(owner.api, id, b"x" * 40)
+    part(owner.api, id, b"x" * len(CONTENT))
+    part(owner.api, id, b"x" * len(CONTENT))
     before = disk.files
     assert_refused(send_part(owner.api, id, b"x"), 413, "data", "upload_too_large")
     assert disk.files == before
@@ -149,32 +147,28 @@ def test_a_part_without_data_or_with_two_is_refused(owner: Person, disk: Disk) -
     assert disk.files == []
 
 
-def test_a_cancelled_upload_takes_nothing_more_and_keeps_nothing(
-    owner: Person, disk: Disk, django_capture_on_commit_callbacks: Any
-) -> None:
+def test_a_cancelled_upload_takes_nothing_more_and_keeps_nothing(owner: Person, disk: Disk) -> None:
     upload = begun(owner.api)
     id = upload["id"]
     sent = part(owner.api, id, CONTENT)
-    with django_capture_on_commit_callbacks(execute=True):
-        assert cancel(owner.api, id).json() == upload | {"status": "cancelled"}
+    assert cancel(owner.api, id).json() == upload | {"status": "cancelled"}
     for response in (
         cancel(owner.api, id),
         complete(owner.api, id, sent),
         send_part(owner.api, id, b"x"),
     ):
         assert_refused(response, 400, "upload_id", "upload_not_pending")
+    purge_parts()
     assert disk.files == []
 
 
-def test_an_upload_expires_after_an_hour(
-    owner: Person, disk: Disk, time_machine: Any, django_capture_on_commit_callbacks: Any
-) -> None:
+def test_an_upload_expires_after_an_hour(owner: Person, disk: Disk, time_machine: Any) -> None:
     id = begun(owner.api)["id"]
     sent = part(owner.api, id, CONTENT)
     time_machine.move_to(timezone.now() + timedelta(minutes=61))
     assert_refused(complete(owner.api, id, sent), 400, "upload_id", "upload_expired")
-    with django_capture_on_commit_callbacks(execute=True):
-        uploads.expire_uploads()
+    uploads.expire_uploads()
+    purge_parts()
     assert_refused(cancel(owner.api, id), 400, "upload_id", "upload_not_pending")
     with scopes_disabled():
         assert [upload.status for upload in Upload.objects.all()] == ["expired"]
@@ -185,17 +179,16 @@ def test_completing_while_another_request_completes_is_the_callers_fault(
     owner: Person,
     disk: Disk,
     monkeypatch: pytest.MonkeyPatch,
-    django_capture_on_commit_callbacks: Any,
 ) -> None:
-    """The winner removes the parts that the loser is still reading."""
+    """What the loser is still reading is removed meanwhile."""
     id = begun(owner.api)["id"]
     sent = part(owner.api, id, CONTENT)
     read = uploads._put_together
 
     def overtaken(*arguments: Any) -> str:
         monkeypatch.setattr(uploads, "_put_together", read)
-        with django_capture_on_commit_callbacks(execute=True):
-            assert complete(owner.api, id, sent).status_code == 200
+        assert complete(owner.api, id, sent).status_code == 200
+        purge_parts()
         return read(*arguments)
 
     monkeypatch.setattr(uploads, "_put_together", overtaken)
@@ -226,8 +219,34 @@ def test_a_part_costs_few_queries(owner: Person, disk: Disk) -> None:
     api, id = owner.api, begun(owner.api)["id"]
     with CaptureQueriesContext(connection) as queries:
         part(api, id, b"x")
-    # the key, the upload, a savepoint, the upload's lock, the sum, the part, the savepoint's end
-    assert len(queries) == 7
+    # the key, its limits, the upload, a savepoint, the upload's lock, the sum, the part, the
+    # savepoint's end
+    assert len(queries) == 8
+
+
+def test_parts_are_kept_as_long_as_their_upload_is_pending(owner: Person, disk: Disk) -> None:
+    part(owner.api, begun(owner.api)["id"], CONTENT)
+    purge_parts()
+    assert len(disk.files) == 1
+
+
+def test_parts_that_cannot_be_removed_are_tried_again(
+    owner: Person, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(name: str) -> None:
+        raise StorageAway("gone fishing")
+
+    id = begun(owner.api)["id"]
+    part(owner.api, id, CONTENT)
+    assert cancel(owner.api, id).status_code == 200
+    monkeypatch.setattr(storage, "remove", away)
+    with pytest.raises(StorageAway):
+        purge_parts()
+    assert len(disk.files) == 1
+    monkeypatch.undo()
+    purge_parts()
+    with scopes_disabled():
+        assert (disk.files, UploadPart.objects.count()) == ([], 0)
 
 
 def every_step(api: Client, id: str) -> list[Any]:

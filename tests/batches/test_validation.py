@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
+from django.db import OperationalError
 from django.utils import timezone
 from django_scopes import scopes_disabled
 
@@ -248,13 +249,30 @@ def test_the_index_of_the_one_that_came_too_late_is_removed(
     batch = jobs.created(owner.caller, jobs.jsonl(jobs.lines(3)))
     record = validation._record
 
-    def beaten(*args: Any) -> bool:
+    def beaten(*args: Any) -> None:
         monkeypatch.setattr(validation, "_record", record)
         findings = validation.examine(batch)
         record(batch, findings, validation._store_index(batch, findings))
-        return record(*args)
+        record(*args)
 
     monkeypatch.setattr(validation, "_record", beaten)
+    validate_batch(batch.pk)
+    assert jobs.kept() == {batch.input_file.storage_name, jobs.fresh(batch).index_name}
+
+
+def test_the_index_of_what_could_not_be_recorded_is_removed(
+    owner: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = jobs.created(owner.caller, jobs.jsonl(jobs.lines(3)))
+
+    def full(*args: Any) -> None:
+        raise OperationalError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "_cut", full)
+        with pytest.raises(OperationalError, match="no space"):
+            validate_batch(batch.pk)
+    assert jobs.kept() == {batch.input_file.storage_name}
     validate_batch(batch.pk)
     assert jobs.kept() == {batch.input_file.storage_name, jobs.fresh(batch).index_name}
 
