@@ -5,21 +5,23 @@ It has its own database connection, so that neither a long load nor a slow save 
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection
-from django.utils import timezone
 
 from batches.models.batches import Status
 from batches.services import leases
 from models_registry import services as registry
+from worker import services
+from worker.database import at_most, half_a_lease
+from worker.identity import Identity
 from worker.loop import LeaseLoop
-from worker.models import Worker, WorkerState
+from worker.models import Health, Worker, WorkerState
+from worker.services import NameTaken
 
 logger = structlog.get_logger(__name__)
 LONGEST_SECONDS = 3.0
@@ -28,13 +30,17 @@ BUSY_SHARE = 0.5
 
 
 class Heartbeat(threading.Thread):
-    """Beats at least three times a lease, until the loop has stopped."""
+    """Beats at least three times a lease, until the loop has stopped.
 
-    def __init__(self, loop: LeaseLoop) -> None:
+    `end` is called with an exit code when the whole process should go.
+    """
+
+    def __init__(self, loop: LeaseLoop, me: Identity, end: Callable[[int], None]) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._lease_loop = loop
+        self._me = me
+        self._end = end
         self._every = min(settings.LEASE_SECONDS / 3, LONGEST_SECONDS)
-        self._since = timezone.now()
         self._tokens = 0
         self._beat_at = time.monotonic()
         self._was_running = ""
@@ -47,7 +53,11 @@ class Heartbeat(threading.Thread):
 
     def _try_beat(self) -> None:
         try:
-            self._beat()
+            with at_most(half_a_lease()):
+                self._beat()
+        except NameTaken as error:
+            logger.error("another process has this worker's name", error=str(error))
+            self._end(1)
         except (DatabaseError, InterfaceError) as error:
             logger.warning("heartbeat failed", error=str(error).strip())
             connection.close()
@@ -71,29 +81,44 @@ class Heartbeat(threading.Thread):
         """Tokens a second, in and out, since the last beat."""
         status, now = self._lease_loop.status, time.monotonic()
         speed = (status.tokens - self._tokens) / max(now - self._beat_at, 0.001)
-        busy = status.in_flight >= max(1, BUSY_SHARE * status.capacity)
+        busy = status.fullness >= BUSY_SHARE
         running = status.loaded if status.state == WorkerState.RUNNING and busy else ""
         if speed and running and running == self._was_running:
-            registry.note_speed(running, speed)
+            registry.note_speed(running, speed, self._lease_loop.host.gpu_kind)
         self._tokens, self._beat_at, self._was_running = status.tokens, now, running
         return speed
 
     def _write_row(self, speed: float) -> None:
-        status = self._lease_loop.status
-        row, _ = Worker.objects.update_or_create(
-            name=self._lease_loop.name,
-            defaults={
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "gpu": self._lease_loop.gpu,
-                "state": status.state,
-                "loaded_model": status.loaded,
-                "in_flight": status.in_flight,
-                "tokens_per_second": speed,
-                "swaps": status.loads,
-                "error": status.error,
-                "started_at": self._since,
-                "heartbeat_at": timezone.now(),
-            },
+        status, guard = self._lease_loop.status, self._lease_loop.guard
+        # Once, so that an operator's word that it is well again stands.
+        drains = guard.verdict.health == Health.SICK and not guard.told
+        row = services.beat(
+            self._me,
+            state=status.state,
+            loaded_model=status.loaded,
+            asleep=status.asleep,
+            in_flight=status.in_flight,
+            tokens_per_second=speed,
+            swaps=status.loads,
+            error=status.error,
+            **guard.columns(),
+            **({"draining": True} if drains else {}),
         )
-        self._lease_loop.draining = row.draining
+        if row is None:  # forgotten, or taken by another process, while we were silent
+            row = services.claim(self._me)
+        self._obey(row)
+        if guard.told and not row.draining:
+            guard.forgive()
+        guard.told = guard.told or drains
+
+    def _obey(self, row: Worker) -> None:
+        """Do what operators said of this worker."""
+        if row.draining != self._lease_loop.draining:
+            self._lease_loop.draining = row.draining
+            self._lease_loop.wake()
+        if row.unload_asked:
+            self._lease_loop.unload()
+            services.unload_heard(self._me)
+        if row.exit_when_drained and row.state == WorkerState.DRAINED:
+            logger.info("drained, so this process ends", worker=row.name)
+            self._end(0)

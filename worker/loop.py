@@ -1,7 +1,8 @@
 """The lease loop: keeps one engine full across chunks, batches and tenants, and saves as it goes.
 
-One asyncio loop in one thread owns the engine and all bookkeeping. What the database does is in
-`batches.services.leases`; what keeps the leases alive meanwhile is in `worker/heartbeat.py`.
+One asyncio loop in one thread does all bookkeeping. What the database does is in
+`batches.services.leases`; which model is on the GPU is `worker/hosting.py`'s; what keeps the leases
+alive meanwhile is in `worker/heartbeat.py`.
 """
 
 from __future__ import annotations
@@ -11,23 +12,26 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
 import orjson
 import structlog
-from cryptography.fernet import InvalidToken
 
-from accounts import secrets
 from batches.services import leases
 from batches.services.leases import Lease, LeaseLost
-from models_registry import services as registry
-from models_registry.models import Model
-from worker import engines, orphans, work
+from worker import gpus, queries, work
 from worker.database import Database, GaveUp
-from worker.engines.base import Engine, EngineDied, LoadFailed, ModelSpec
-from worker.models import WorkerState
+from worker.engines.base import Engine, EngineDied
+from worker.engines.ladder import trouble_of
+from worker.feeding import Feed
+from worker.guard import Guard
+from worker.hosting import Host
+from worker.lane import CRASHED, Lane
+from worker.metering import SharedClock
+from worker.models import Health, WorkerState
+from worker.prefetch import Prefetch
+from worker.status import Status
 from worker.work import ALONE_AFTER, Request, Work
 
 logger = structlog.get_logger(__name__)
@@ -44,51 +48,53 @@ STALL_SECONDS = 3600.0
 answers (tens of thousands of tokens, with many at once) take less."""
 FINISH_SECONDS, STOP_SECONDS = 8.0, 22.0
 """On stop: how long requests in flight may go on, and how long all of it may take."""
-REMEMBER_SECONDS = 0.5
-"""How often, while a model loads, its engine's processes are written down."""
-RETRY_LOAD, RETRY_READ = 60.0, 10.0
-"""Seconds for which a model that did not load, or a batch that could not be read, is left out."""
-
-
-@dataclass
-class Status:
-    """What the loop tells the heartbeat; written by the loop only."""
-
-    state: str = WorkerState.STARTING
-    loaded: str = ""
-    capacity: int = 0
-    in_flight: int = 0
-    tokens: int = 0
-    loads: int = 0
-    error: str = ""
+LOOK_SECONDS = 2.0
+"""How long a look at the GPU may take after its engine has died: whose fault was it?"""
+RETRY_READ = 10.0
+"""Seconds for which a batch that could not be read is left out."""
 
 
 class LeaseLoop:
     """`run` in a thread of its own; `wake`, `stop` and `let_go` may be called from any thread."""
 
-    def __init__(self, name: str, gpu: int | None = None) -> None:
+    def __init__(self, name: str, gpu: str | None = None) -> None:
         self.name = name
-        self.gpu = gpu
         self.status = Status()
         self.draining = False
         self.stopped = threading.Event()
-        self._stopping = False
+        self._stopping = self._unload_asked = False
         self._ready = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed: asyncio.Event
         self._database = Database()
-        self._engine: Engine | None = None
-        self._spec: ModelSpec | None = None
-        self._loaded_at = 0.0
+        self.host = Host(name, gpu, self._database, self.status)
+        self.guard = Guard(gpus.indexes(gpu))
+        self.feed = Feed()
         self._answered_at = 0.0
         self._engine_dead = False
+        self._died_with = 0
+        """Requests in flight when the engine died for want of memory, and fewer at once may help;
+        0: it died otherwise."""
+        self._guilt_shown = False
         self._alone_in_flight = False
+        self._clock = SharedClock()
+        self.lane = Lane(
+            name,
+            self.host,
+            self.status,
+            self._database,
+            self._clock,
+            may_take=self._may_take,
+            died=self._engine_died,
+        )
+        self.prefetch = Prefetch(self.host, self._upcoming)
         self._works: list[Work] = []
         self._loading_for: Lease | None = None
+        self._reconsidering: asyncio.Task[None] | None = None
         self._casualties: list[tuple[str, int]] = []
         """Batch and line of what was in flight when the engine died, not yet counted."""
-        self._avoid: dict[str, float] = {}
-        """Models and batches to leave out, and until when (`time.monotonic()`)."""
+        self._unreadable: dict[str, float] = {}
+        """Batches to leave out, and until when (`time.monotonic()`)."""
         self._savers: set[asyncio.Task[None]] = set()
         self._ask_again_at = 0.0
 
@@ -99,6 +105,7 @@ class LeaseLoop:
         try:
             asyncio.run(self._main())
         finally:
+            self.guard.stop()
             self.status.state = WorkerState.STOPPED
             self._database.close()
             self.stopped.set()
@@ -110,8 +117,13 @@ class LeaseLoop:
 
     def stop(self) -> None:
         """Feed nothing more, save what is done, give the rest back, end the engine."""
-        self._stopping = True
+        self._stopping = self.host.stopping = True
         self._database.give_up_at = time.monotonic() + STOP_SECONDS
+        self._call(lambda: self._changed.set())
+
+    def unload(self) -> None:
+        """Let no model be here, awake or asleep, as soon as nothing is in hand."""
+        self._unload_asked = True
         self._call(lambda: self._changed.set())
 
     def held(self) -> list[Lease]:
@@ -136,23 +148,38 @@ class LeaseLoop:
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._ready.set()
         try:
-            await asyncio.to_thread(orphans.end_left_over, self.name)
             await self._database.run(leases.release_owned_by, self.name)
+            self.guard.remember(await self._database.run(queries.sick_before, self.name))
+            self.guard.start(self._health_changed)
             self.status.state = WorkerState.IDLE
+            self.lane.start()
+            self.prefetch.start()
             while not self._stopping:
                 await self._turn()
             await self._wind_up()
         except GaveUp as error:
             logger.warning("stopped without the database; the leases will expire", error=str(error))
+        except Exception:
+            # What is on its way to a database that is away must not keep a crashed loop alive.
+            self._database.give_up_at = self._database.give_up_at or time.monotonic()
+            raise
         finally:
-            await self._unload()
+            await self.prefetch.close()
+            await self.lane.close(0)
+            await self.host.close()
 
     async def _turn(self) -> None:
         """One look at everything: mend the engine, lease, feed, save, wait for a change."""
         self._changed.clear()
+        if self.guard.look().gives_back:
+            await self._give_up_gpu()
         self._look_for_stall()
         if self._engine_dead:
             await self._revive()
+        await self.host.tend()
+        if self._unload_asked and not self._works and not self.lane.in_flight:
+            self._unload_asked = False
+            await self.host.close()
         if not self._works:
             await self._begin()
         elif self._wants_more():
@@ -174,9 +201,10 @@ class LeaseLoop:
 
     async def _begin(self) -> None:
         """With nothing in hand: lease what the policy likes best, and load its model if need be."""
-        lease = None if self.draining else await self._lease(only=None)
+        lease = None if self._holds_back else await self._lease(only=None)
         if lease is None:
-            self.status.state = WorkerState.IDLE
+            await self._load_asked()
+            self.status.state = self._state_without_work()
             return
         self._loading_for = lease
         loaded = await self._ensure_loaded(lease.model)
@@ -186,32 +214,92 @@ class LeaseLoop:
         else:
             await self._database.run(leases.give_back, lease)
 
+    def _state_without_work(self) -> str:
+        if self.lane.in_flight:
+            return WorkerState.RUNNING
+        return WorkerState.DRAINED if self.draining else WorkerState.IDLE
+
+    async def _load_asked(self) -> None:
+        """With no chunk to be had: load what real-time requests ask for, if nobody else does."""
+        if not self.lane.asked or self._holds_back:
+            return
+        name = await self._database.run(
+            leases.model_to_load,
+            owner=self.name,
+            loaded=self.status.loaded,
+            avoid=await self.host.avoided(),
+            kind=self.host.gpu_kind,
+            asleep=self.host.near,
+            asked=self.lane.asked,
+        )
+        if name and await self.lane.claim(name):
+            logger.info("loaded for real-time requests", model=name)
+            await self._ensure_loaded(name)
+
     def _wants_more(self) -> bool:
-        """Whether the next chunk is due: less waits than the engine has room for."""
-        if self._engine is None or self.draining or time.monotonic() < self._ask_again_at:
+        """Whether the next chunk is due: less waits here than the engine could take at once."""
+        engine = self.host.engine
+        if engine is None or self._holds_back or time.monotonic() < self._ask_again_at:
             return False
         if any(each.alone for each in self._works):
             return False
-        return sum(each.waiting for each in self._works) < self._engine.capacity
+        able = [each for each in self._works if not each.dropped]
+        requests = sum(len(each.todo) for each in able)
+        return self.feed.wants(engine, requests, sum(each.waiting_tokens for each in able))
+
+    @property
+    def _holds_back(self) -> bool:
+        """Whether no chunk may be leased: by an operator's wish, or for the GPU's sake."""
+        return self.draining or not self.guard.verdict.feeds
 
     async def _lease_more(self) -> None:
-        assert self._spec is not None
-        lease = await self._lease(only=self._spec.name)
+        """Go on with the model that is loaded, unless the registry has another by that name: then
+        what is in hand ends with this one, and the next chunk has the new one loaded."""
+        lease = None
+        if await self.host.has(self.status.loaded):
+            lease = await self._lease(only=self.status.loaded)
         if lease is None:
             self._ask_again_at = time.monotonic() + 1.0
         else:
             await self._take(lease)
 
     async def _lease(self, *, only: str | None) -> Lease | None:
-        now = time.monotonic()
         return await self._database.run(
             leases.lease_next,
             owner=self.name,
             loaded=self.status.loaded,
-            residency=timedelta(seconds=now - self._loaded_at),
+            residency=self._residency,
             only=only,
-            avoid=[name for name, until in self._avoid.items() if until > now],
+            avoid=await self._avoided(),
+            kind=self.host.gpu_kind,
+            asleep=self.host.near,
+            asked=self.lane.asked,
         )
+
+    async def _upcoming(self) -> str:
+        """The model that will be wanted here after the one that serves now; '' for none."""
+        if self.host.engine is None or self.host.coming or self._engine_dead or self._holds_back:
+            return ""
+        return await self._database.run(
+            leases.upcoming,
+            owner=self.name,
+            loaded=self.status.loaded,
+            residency=self._residency,
+            avoid=await self._avoided(),
+            kind=self.host.gpu_kind,
+            asleep=self.host.near,
+            asked=self.lane.asked,
+        )
+
+    @property
+    def _residency(self) -> timedelta:
+        return timedelta(seconds=time.monotonic() - self.host.loaded_at)
+
+    async def _avoided(self) -> list[str]:
+        """Models that failed to load lately, and batches that could not be read."""
+        now = time.monotonic()
+        unreadable = (batch for batch, until in self._unreadable.items() if until > now)
+        return [*await self.host.avoided(), *unreadable]
 
     async def _take(self, lease: Lease) -> None:
         """Read the chunk and begin to feed it."""
@@ -219,110 +307,66 @@ class LeaseLoop:
             taken = await self._database.run(work.read, lease)
         except OSError as error:
             logger.error("chunk cannot be read", batch_id=lease.batch_id, error=str(error))
-            self._avoid[lease.batch_id] = time.monotonic() + RETRY_READ
+            self._unreadable[lease.batch_id] = time.monotonic() + RETRY_READ
             await self._database.run(leases.give_back, lease)
             return
         self._works.append(taken)
         self._changed.set()
 
     async def _ensure_loaded(self, name: str) -> bool:
-        """Make sure that this model is loaded as the registry has it now."""
-        try:
-            spec = await self._database.run(_spec_named, name)
-        except LoadFailed as error:
-            await self._load_failed(name, str(error))
-            return False
-        if spec == self._spec and self._engine is not None:
-            return True
-        await self._unload()
-        self.status.state, self.status.loaded = WorkerState.LOADING, ""
-        started = time.monotonic()
-        try:
-            self._engine = engine = engines.make(spec, self.gpu)
-            await self._load(engine)
-        except LoadFailed as error:
-            await self._load_failed(name, str(error))
-            return False
-        except Exception as error:  # our own fault, but no reason to serve nobody
-            logger.exception("engine not made", model=name)
-            await self._load_failed(name, f"{type(error).__name__}: {error}")
-            return False
-        self._spec, self._engine_dead = spec, False
-        self._loaded_at = self._answered_at = time.monotonic()
-        self.status.state, self.status.loaded = WorkerState.RUNNING, spec.name
-        self.status.capacity = engine.capacity
-        self.status.loads, self.status.error = self.status.loads + 1, ""
-        self._avoid.pop(name, None)
-        await self._database.run(registry.note_load, name, error="")
-        logger.info("model loaded", model=name, seconds=round(self._loaded_at - started, 2))
-        return True
-
-    async def _load(self, engine: Engine) -> None:
-        """Load, and write down all the while which processes that starts: a kill may come then.
-
-        A stop does not wait for the load: it is cancelled, and its processes are ended.
-        """
-        loading, known = asyncio.create_task(engine.load()), list[int]()
-        while not loading.done():
-            await asyncio.wait([loading], timeout=REMEMBER_SECONDS)
-            if (pids := engine.pids()) != known:
-                await asyncio.to_thread(orphans.remember, self.name, pids)
-                known = pids
-            if self._stopping and not loading.done():
-                if not loading.cancelling():  # once: a second one would break into its clean-up
-                    loading.cancel()
-                await asyncio.to_thread(orphans.end_left_over, self.name)
-                known = []
-        if loading.cancelled():
-            raise LoadFailed("The worker was stopped.")
-        await loading
-
-    async def _load_failed(self, name: str, why: str) -> None:
-        if self._stopping:  # so the fault is not the model's
-            await self._unload()
-            return
-        logger.error("model not loaded", model=name, error=why)
-        self.status.error = f"{name}: {why}"
-        self._avoid[name] = time.monotonic() + RETRY_LOAD
-        await self._unload()
-        await self._database.run(registry.note_load, name, error=why)
-
-    async def _unload(self) -> None:
-        engine, self._engine, self._spec = self._engine, None, None
-        self.status.loaded = ""
-        if engine is not None:
-            await engine.unload()
-            await asyncio.to_thread(orphans.remember, self.name, [])
+        async with self.lane.loading(name):
+            loaded = await self.host.ensure(name)
+        if loaded and self.host.engine is not None:
+            self.host.engine.on_report = self._feed
+            self._engine_dead, self._answered_at = False, time.monotonic()
+        return loaded
 
     # --- Feeding ----------------------------------------------------------------------------
 
     def _feed(self) -> None:
         """Fill the engine from the oldest chunk on, in execution order."""
-        engine = self._engine
-        if engine is None or self._engine_dead or self._stopping or not self._works:
+        engine = self.host.engine
+        if engine is None:
             return
-        if self._alone_in_flight:
-            return
-        if sum(each.unsaved_bytes for each in self._works) > UNSAVED_BYTES:
-            return
-        room = min(engine.capacity - self.status.in_flight, UNSAVED_AT_MOST - self._unsaved())
-        for each in self._works:
-            while room > 0 and each.todo and not each.dropped:
-                self._start(engine, each, each.todo.popleft())
-                room -= 1
+        # Beside what real-time requests take, so much is kept free for more of them.
+        self.feed.headroom = self.lane.headroom + self.lane.in_flight
+        if self._may_feed():
+            self._fill(engine)
+        self.status.fullness = self.feed.fullness(engine)
+
+    def _may_feed(self) -> bool:
+        if self._engine_dead or self._stopping or self._alone_in_flight:
+            return False
+        unsaved = sum(each.unsaved_bytes for each in self._works)
+        return self.guard.verdict.feeds and unsaved <= UNSAVED_BYTES
+
+    def _fill(self, engine: Engine) -> None:
+        room = UNSAVED_AT_MOST - self._unsaved()
+        while room > 0 and (of := self._next()) and self.feed.takes(engine, of.todo[0].tokens):
+            self._start(engine, of, of.take())
+            room -= 1
         if self.status.in_flight:
             self.status.state = WorkerState.RUNNING
+
+    def _next(self) -> Work | None:
+        """What the next request is of."""
+        return next((each for each in self._works if each.waiting), None)
+
+    def _is_flying(self) -> bool:
+        return any(each.flying for each in self._works)
 
     def _unsaved(self) -> int:
         return sum(len(each.finished) for each in self._works)
 
     def _start(self, engine: Engine, of: Work, request: Request) -> None:
-        if not self.status.in_flight:
+        if not self._is_flying():
             self._answered_at = time.monotonic()  # the engine was idle, not stalled
         task = asyncio.create_task(self._answer(engine, of, request))
         task.add_done_callback(partial(self._never_ran, of, request))
         of.flying[request.line] = task
         self.status.in_flight += 1
+        self.feed.begin(request.tokens)
+        request.begun = self._clock.begin()
 
     async def _answer(self, engine: Engine, of: Work, request: Request) -> None:
         """Run one request to its outcome; an engine that dies leaves it to `_revive`."""
@@ -331,15 +375,18 @@ class LeaseLoop:
             answer = await engine.answer(of.lease.endpoint, line["body"])
             self._answered_at = time.monotonic()
             self.status.tokens += answer.usage.input + answer.usage.output
-            of.record(work.answered(request, line["custom_id"], answer))
+            gpu_seconds = self._clock.share(request.begun) * engine.gpus
+            of.record(work.answered(request, line["custom_id"], answer, gpu_seconds))
         except EngineDied as error:
+            of.wasted += self._clock.share(request.begun) * engine.gpus
             self._engine_died(str(error))
             self._survive(of, request)
         except asyncio.CancelledError:
+            of.wasted += self._clock.share(request.begun) * engine.gpus
             if self._engine_dead:  # it was stopped because the engine no longer answers
                 self._survive(of, request)
             else:
-                of.todo.appendleft(request)
+                of.again(request)
         except Exception:
             logger.exception("engine error", batch_id=of.lease.batch_id, line=request.line)
             of.record(work.failed(request))
@@ -349,12 +396,14 @@ class LeaseLoop:
     def _never_ran(self, of: Work, request: Request, task: asyncio.Task[None]) -> None:
         """Do what `_answer` could not: cancelled before its first step, it was never entered."""
         if task.cancelled():
-            of.todo.appendleft(request)
+            of.again(request)
             self._landed(of, request)
 
     def _landed(self, of: Work, request: Request) -> None:
         del of.flying[request.line]
         self.status.in_flight -= 1
+        self.feed.end(request.tokens)
+        self._clock.end()
         self._alone_in_flight = False
         self._after_answer(of)
 
@@ -370,12 +419,23 @@ class LeaseLoop:
             self._changed.set()
         self._feed()
 
+    def _may_take(self) -> bool:
+        """Whether real-time requests may join what is in the engine: but for suspects, which are
+        tried alone once all else is done."""
+        is_away = self._engine_dead or self._stopping or self._holds_back
+        only_suspects = any(each.alone for each in self._works) and not any(
+            each.waiting for each in self._works
+        )
+        return not (is_away or self._alone_in_flight or only_suspects)
+
     async def _run_alone(self) -> None:
         """Try a suspect by itself, once nothing else is in flight."""
         waiting = [each for each in self._works if each.alone and not each.dropped]
-        if not waiting or self._engine is None or self._engine_dead or self._stopping:
+        if not waiting or self.host.engine is None or self._engine_dead or self._stopping:
             return
         if self.status.in_flight or any(each.waiting for each in self._works):
+            return
+        if not self.guard.verdict.feeds:
             return
         of, request = waiting[0], waiting[0].alone[0]
         # Counted before it is tried: should the worker die with the engine, the count stays.
@@ -385,42 +445,62 @@ class LeaseLoop:
             return
         of.alone.popleft()
         request.tried_alone = self._alone_in_flight = True
-        self._start(self._engine, of, request)
+        self._start(self.host.engine, of, request)
 
     # --- When the engine dies ---------------------------------------------------------------
 
     def _engine_died(self, why: str) -> None:
         if not self._engine_dead:
             self._engine_dead = True
+            at_once = self.status.in_flight
+            is_spared = trouble_of(why) is not None and self.host.can_lessen(at_once)
+            self._died_with = at_once if is_spared else 0
             logger.error("engine died", model=self.status.loaded, error=why)
 
     def _look_for_stall(self) -> None:
-        if self.status.in_flight and time.monotonic() - self._answered_at > STALL_SECONDS:
+        if self._is_flying() and time.monotonic() - self._answered_at > STALL_SECONDS:
             self._engine_died(f"no answer for {STALL_SECONDS:.0f} seconds")
 
     def _survive(self, of: Work, request: Request) -> None:
-        """Queue a request again that was in flight at a death, unless it has now shown its guilt."""
+        """Queue a request again that was in flight at a death, unless it has now shown its guilt.
+
+        When there was too little memory for all of them, none is suspected.
+        """
         alone, request.tried_alone = request.tried_alone, False
         if alone and request.deaths > ALONE_AFTER:
+            self._guilt_shown = True
             of.record(work.crashed(request))
             return
-        if not alone:
+        if not alone and not self._died_with:
             request.deaths += 1
             self._casualties.append((of.lease.batch_id, request.line))
         of.put_back(request)
 
     async def _revive(self) -> None:
-        """Count the death against what was in flight, and load the model anew."""
+        """Count the death against what was in flight, and load the model anew, with less at once
+        where it died for want of memory."""
         await self._stop_flying(wait=2.0)
+        await self.lane.clear(2.0, CRASHED)
+        await asyncio.to_thread(self.guard.look_now, LOOK_SECONDS)
+        if self.guard.verdict.gives_back:
+            return
+        await self._learn_of_memory()
         casualties, self._casualties = self._casualties, []
         for batch_id in {batch_id for batch_id, _ in casualties}:
             lines = [line for batch, line in casualties if batch == batch_id]
             await self._database.run(leases.accuse, batch_id, lines)
         name = self.status.loaded
-        await self._unload()
+        await self.host.unload()
         self._engine_dead = False
         if not await self._ensure_loaded(name):
             await self._give_all_back()
+
+    async def _learn_of_memory(self) -> None:
+        if self._died_with:
+            await self.host.lessen(self._died_with)
+        elif self._guilt_shown:
+            await self.host.absolve()
+        self._died_with, self._guilt_shown = 0, False
 
     async def _stop_flying(self, wait: float) -> None:
         flying = [task for each in self._works for task in each.flying.values()]
@@ -471,9 +551,10 @@ class LeaseLoop:
         finished = last and not of.dropped
         if of.lost:
             return
-        if outcomes or finished:
+        wasted, of.wasted = of.wasted, 0.0
+        if outcomes or finished or wasted:
             await self._database.run(
-                leases.save, lease=of.lease, outcomes=outcomes, finished=finished
+                leases.save, lease=of.lease, outcomes=outcomes, finished=finished, wasted=wasted
             )
         if last and of.dropped:
             await self._database.run(leases.give_back, of.lease)
@@ -481,20 +562,56 @@ class LeaseLoop:
     def _drop(self, lease: Lease, *, lost: bool) -> None:
         if self._loading_for == lease:
             self._loading_for = None
+            self._reconsidering = asyncio.create_task(self._reconsider(lease.model))
         for each in self._works:
             if each.lease == lease:  # not a later lease of the same chunk
                 self._log_drop(each, "lease lost" if lost else "batch no longer wants it")
                 each.drop(lost=lost)
         self._changed.set()
 
+    async def _reconsider(self, model: str) -> None:
+        """A load that nobody waits for any more need not come to its end."""
+        while self.host.is_coming(model):
+            with suppress(GaveUp):
+                asked = model in self.lane.asked
+                if not asked and not await self._database.run(leases.is_wanted, model):
+                    self.host.cancel(model)
+            await asyncio.sleep(POLL_SECONDS)
+
     def _log_drop(self, of: Work, why: str) -> None:
         logger.warning(why, batch_id=of.lease.batch_id, chunk=of.lease.chunk_id)
+
+    # --- When the GPU is too hot for long, or sick ---------------------------------------------
+
+    def _health_changed(self) -> None:
+        if self.guard.verdict.gives_back:
+            self._call(self._forget_loading)
+        self.wake()
+
+    def _forget_loading(self) -> None:
+        """The chunk that waits for a model to load here is not kept for it, and on a sick GPU the
+        load, which may never come to an end, is not either."""
+        if self._loading_for is not None and self.guard.verdict.health == Health.SICK:
+            self.host.cancel(self._loading_for.model)
+        self._loading_for = None
+
+    async def _give_up_gpu(self) -> None:
+        """Let others have the chunks; a sick GPU's engine goes, and no request is to blame."""
+        if self._works:
+            await self._stop_flying(wait=FINISH_SECONDS)
+            await self._give_all_back()
+        if self._engine_dead or self.guard.verdict.health == Health.SICK:
+            self._casualties.clear()
+            self._engine_dead = False
+            await self.host.close()
 
     # --- Ending -----------------------------------------------------------------------------
 
     async def _wind_up(self) -> None:
         """Let requests in flight finish if they are quick, then save and give everything back."""
-        await self._stop_flying(wait=FINISH_SECONDS)
+        await asyncio.gather(
+            self._stop_flying(wait=FINISH_SECONDS), self.lane.close(FINISH_SECONDS)
+        )
         await self._give_all_back()
 
     async def _give_all_back(self) -> None:
@@ -509,14 +626,3 @@ class LeaseLoop:
     def _gave_up(self) -> bool:
         limit = self._database.give_up_at
         return limit is not None and time.monotonic() > limit
-
-
-def _spec_named(name: str) -> ModelSpec:
-    model = Model.objects.filter(name=name).first()
-    if model is None:
-        raise LoadFailed("It is no longer in the registry.")
-    try:
-        secret = secrets.decrypt(model.encrypted_secret)
-    except InvalidToken as error:
-        raise LoadFailed("Its secret was encrypted with another SECRET_KEY.") from error
-    return ModelSpec(**model.spec_fields, secret=secret)

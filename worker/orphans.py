@@ -37,7 +37,7 @@ def claim_name(worker: str) -> IO[bytes] | None:
 
 
 def remember(worker: str, pids: Sequence[int]) -> None:
-    """Write down the processes of the engine that this worker has just started."""
+    """Write down the processes of the engines that this worker has, awake, asleep or loading."""
     path = _ledger(worker)
     path.parent.mkdir(parents=True, exist_ok=True)
     known = [{"pid": pid, "started": started} for pid in pids if (started := _started(pid))]
@@ -55,13 +55,26 @@ def end_left_over(worker: str) -> int:
     left = [
         psutil.Process(each["pid"]) for each in known if _started(each["pid"]) == each["started"]
     ]
-    for process in left:
-        logger.warning("ending an engine left behind", pid=process.pid)
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=_WAIT_SECONDS)
+    _end(left)
     remember(worker, [])
     return len(left)
+
+
+def end(pids: Sequence[int]) -> None:
+    """End the processes of an engine that is of no use any more; those that are gone are no error."""
+    found = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    _end(found)
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        logger.warning("ending an engine's process", pid=process.pid)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=_WAIT_SECONDS)
 
 
 def _started(pid: int) -> float | None:

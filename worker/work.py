@@ -33,7 +33,11 @@ class Request:
     line: int
     text: bytes
     deaths: int = 0
+    tokens: int = 1
+    """In and out, by the index's estimate."""
     tried_alone: bool = False
+    begun: float = 0.0
+    """What the engine's shared clock showed when the request entered."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,15 +47,22 @@ class Work:
     lease: Lease
     todo: deque[Request]
     alone: deque[Request]
+    waiting_tokens: int = field(init=False)
+    """Of all in `todo`, by estimate."""
     finished: list[Outcome] = field(default_factory=list)
     flying: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     saving: bool = False
     unsaved_since: float = 0.0
     unsaved_bytes: int = 0
+    wasted: float = 0.0
+    """GPU seconds of requests that were begun and not finished, not yet saved."""
     dropped: bool = False
     """Cancelled, expired or stopping: what is finished is saved, the rest is not run."""
     lost: bool = False
     """Somebody else holds the chunk: nothing of it is ours any more."""
+
+    def __post_init__(self) -> None:
+        self.waiting_tokens = sum(request.tokens for request in self.todo)
 
     @property
     def waiting(self) -> int:
@@ -86,17 +97,43 @@ class Work:
         for task in self.flying.values():
             task.cancel()
 
+    def add(self, request: Request) -> None:
+        """Queue a request: it is the last."""
+        self.todo.append(request)
+        self.waiting_tokens += request.tokens
+
+    def take(self) -> Request:
+        """The next request, to be run now."""
+        request = self.todo.popleft()
+        self.waiting_tokens -= request.tokens
+        return request
+
+    def again(self, request: Request) -> None:
+        """Queue a request that was not run: it is the next."""
+        self.todo.appendleft(request)
+        self.waiting_tokens += request.tokens
+
     def put_back(self, request: Request) -> None:
         """Queue a request again that was in flight when the engine died."""
-        (self.alone if request.deaths >= ALONE_AFTER else self.todo).appendleft(request)
+        if request.deaths >= ALONE_AFTER:
+            self.alone.appendleft(request)
+        else:
+            self.again(request)
 
 
 def read(lease: Lease) -> Work:
     """Fetch the chunk's lines, but for those that an earlier lease has saved.
 
-    Database and disk: not for the event loop's thread. Lines that have killed engines too often
-    become error lines here.
+    Database and storage: not for the event loop's thread. Lines that have killed engines too often
+    become error lines here. Raises `OSError` when the files cannot be read.
     """
+    try:
+        return _read(lease)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; is STORAGE_URL the same place on all hosts?") from error
+
+
+def _read(lease: Lease) -> Work:
     with storage.opened(lease.index_name) as stream:
         entries = index.read(stream, lease.start, lease.end)
     if len(entries) != lease.end - lease.start:
@@ -113,15 +150,14 @@ def read(lease: Lease) -> Work:
 def _read_lines(
     lease: Lease, entries: Sequence[index.Entry], deaths: dict[int, int]
 ) -> list[Request]:
-    requests = []
-    with storage.opened(lease.input_name) as stream:
-        for entry in entries:
-            stream.seek(entry.offset)
-            text = stream.read(entry.length)
-            if len(text) != entry.length:
-                raise OSError("the input file is shorter than its index")
-            requests.append(Request(entry.line, text, deaths.get(entry.line, 0)))
-    return requests
+    spans = [(entry.offset, entry.length) for entry in entries]
+    texts = storage.pieces(lease.input_name, spans)
+    if any(len(text) != entry.length for text, entry in zip(texts, entries, strict=True)):
+        raise OSError("the input file is shorter than its index")
+    return [
+        Request(entry.line, text, deaths.get(entry.line, 0), entry.tokens)
+        for entry, text in zip(entries, texts, strict=True)
+    ]
 
 
 def _sorted_out(lease: Lease, requests: Sequence[Request]) -> Work:
@@ -136,11 +172,11 @@ def _sorted_out(lease: Lease, requests: Sequence[Request]) -> Work:
         elif accused or at < careful:
             work.alone.append(request)
         else:
-            work.todo.append(request)
+            work.add(request)
     return work
 
 
-def answered(request: Request, custom_id: str, answer: Answer) -> Outcome:
+def answered(request: Request, custom_id: str, answer: Answer, gpu_seconds: float) -> Outcome:
     """The outcome of a request that the engine answered, be it with an error."""
     payload = orjson.dumps(
         {
@@ -164,6 +200,7 @@ def answered(request: Request, custom_id: str, answer: Answer) -> Outcome:
         usage.cached,
         usage.output,
         usage.reasoning,
+        gpu_seconds,
     )
 
 

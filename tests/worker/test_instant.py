@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from worker.engines import make
-from worker.engines.base import Answer, EngineDied, LoadFailed, ModelSpec
+from worker.engines.base import Answer, Chunk, EngineDied, LoadFailed, ModelSpec, Usage
 from worker.engines.instant import InstantEngine
 
 CHAT = "/v1/chat/completions"
@@ -137,3 +137,50 @@ def test_it_is_made_by_its_name_and_has_no_processes() -> None:
 def test_there_is_no_engine_of_an_unknown_name() -> None:
     with pytest.raises(LoadFailed, match="There is no engine 'other'"):
         make(ModelSpec("echo", "none", engine="other"), None)
+
+
+def streamed(body: dict[str, Any], endpoint: str = CHAT, **engine_args: Any) -> list[Chunk]:
+    async def run() -> list[Chunk]:
+        made = engine(**engine_args)
+        await made.load()
+        return [chunk async for chunk in made.stream(endpoint, body)]
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("said", ["one two\n three", "", "   "])
+def test_a_stream_repeats_it_word_by_word(said: str) -> None:
+    *words, last = streamed(chat(said))
+    choices = [orjson.loads(chunk.data)["choices"][0] for chunk in words]
+    assert "".join(choice["delta"]["content"] for choice in choices) == said
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(words) - 1) + ["stop"]
+    assert last == Chunk(b"", Usage(input=len(said) // 4 + 1, output=len(words)))
+
+
+def test_a_completion_is_streamed_too() -> None:
+    chunks = streamed({"prompt": "one two"}, "/v1/completions")
+    assert [orjson.loads(chunk.data)["choices"][0]["text"] for chunk in chunks[:-1]] == [
+        "one ",
+        "two",
+    ]
+
+
+def test_a_stream_takes_the_stated_time() -> None:
+    started = time.monotonic()
+    streamed(chat("one two three"), delay_ms=20, token_ms=20)
+    assert time.monotonic() - started > 0.02 + 3 * 0.02
+
+
+def test_a_stream_ends_with_the_engine() -> None:
+    async def run() -> None:
+        made = engine(token_ms=60_000)
+        await made.load()
+        chunks = made.stream(CHAT, chat("one two"))
+        await anext(chunks)
+        waiting = asyncio.ensure_future(anext(chunks))
+        await asyncio.sleep(0)
+        await made.unload()
+        with pytest.raises(EngineDied):
+            await waiting
+
+    asyncio.run(run())

@@ -9,8 +9,10 @@ import asyncio
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -18,7 +20,15 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from worker.engines import openai
-from worker.engines.base import Answer, EngineDied, LoadFailed, ModelSpec, Usage
+from worker.engines.base import (
+    Answer,
+    Chunk,
+    EngineDied,
+    LoadFailed,
+    ModelSpec,
+    Refused,
+    Usage,
+)
 from worker.engines.openai import OpenAIEngine
 
 CHAT = "/v1/chat/completions"
@@ -452,3 +462,119 @@ def test_neither_secret_nor_body_is_logged(
     with caplog.at_level(logging.DEBUG):
         ask(spec_of(remote))
     assert [word for word in (SECRET, "private question") if word in caplog.text] == []
+
+
+# --- Streams --------------------------------------------------------------------------------
+
+
+def sse(*events: Any) -> Response:
+    """A stream of these events; those that are text as they are."""
+    lines = [each if isinstance(each, str) else f"data: {json.dumps(each)}\n\n" for each in events]
+    return Response("".join(lines), content_type="text/event-stream")
+
+
+def stream(spec: ModelSpec, body: dict[str, Any] | None = None) -> list[Chunk]:
+    async def work(engine: OpenAIEngine) -> list[Chunk]:
+        return [chunk async for chunk in engine.stream(CHAT, body or BODY)]
+
+    chunks: list[Chunk] = use(spec, work)
+    return chunks
+
+
+def refusal(spec: ModelSpec, body: dict[str, Any] | None = None) -> Answer:
+    with pytest.raises(Refused) as refused:
+        stream(spec, body)
+    return refused.value.answer
+
+
+HI = {"model": "theirs", "choices": [{"index": 0, "delta": {"content": "hi"}}]}
+
+
+def test_a_stream_is_passed_on(remote: HTTPServer) -> None:
+    last = {"model": "theirs", "choices": [], "usage": USAGE}
+    seen = Remote(
+        remote, sse(HI, ": a comment\n\n", "event: x\nid: 3\n", HI, last, "data: [DONE]\n\n")
+    )
+    assert stream(spec_of(remote)) == [
+        Chunk(json.dumps(HI | {"model": "ours"}, separators=(",", ":")).encode()),
+        Chunk(json.dumps(HI | {"model": "ours"}, separators=(",", ":")).encode()),
+        Chunk(b"", Usage(input=3, output=5)),
+    ]
+    assert seen.requests[0][0] == {
+        **BODY,
+        "model": "theirs",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_nobody_jumps_the_remotes_queue(remote: HTTPServer) -> None:
+    seen = Remote(remote, sse(HI), reply())
+    stream(spec_of(remote), BODY | {"priority": -9})
+    ask(spec_of(remote), BODY | {"priority": -9})
+    assert [sorted(body) for body, _ in seen.requests] == [
+        ["messages", "model", "stream", "stream_options"],
+        ["messages", "model"],
+    ]
+
+
+def test_a_refusal_before_a_stream_is_not_retried(remote: HTTPServer) -> None:
+    seen = Remote(remote, reply(503, {"error": {"message": "Full."}}))
+    answer = refusal(spec_of(remote))
+    assert (answer.status, len(seen.requests)) == (503, 1)
+    assert error_of(answer)["message"] == "Full."
+
+
+def test_an_error_in_a_stream_ends_it(remote: HTTPServer) -> None:
+    Remote(remote, sse(HI, {"error": {"message": f"Broken {SECRET}.", "code": 500}}, HI))
+    answer = refusal(spec_of(remote))
+    assert (answer.status, error_of(answer)["message"]) == (502, "Broken ….")
+
+
+@pytest.mark.parametrize("rest", ["data: {broken\n\n", "data: 3\n\n", "\n\n\r\n", "data:\n\n"])
+def test_what_is_no_event_is_passed_over(remote: HTTPServer, rest: str) -> None:
+    Remote(remote, sse(rest, HI))
+    assert len(stream(spec_of(remote))) == 1
+
+
+def test_an_endless_event_is_cut_off(remote: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai, "EVENT_LIMIT", 1000)
+    Remote(remote, sse(HI, "data: " + "x" * 5000))
+    answer = refusal(spec_of(remote))
+    assert error_of(answer)["message"] == "The connection to the remote engine was lost"
+
+
+def test_a_stream_from_nowhere_is_a_refusal(remote: HTTPServer) -> None:
+    spec = spec_of(remote)
+
+    async def work(engine: OpenAIEngine) -> Answer:
+        engine._root = "http://127.0.0.1:1"
+        with pytest.raises(Refused) as refused:
+            await anext(engine.stream(CHAT, BODY))
+        return refused.value.answer
+
+    assert use(spec, work).status == 502
+
+
+def test_whoever_stops_reading_ends_the_request(remote: HTTPServer) -> None:
+    ended = threading.Event()
+
+    def endless(request: Request) -> Response:
+        def events() -> Iterator[str]:
+            try:
+                while True:
+                    yield f"data: {json.dumps(HI)}\n\n"
+                    time.sleep(0.01)
+            finally:
+                ended.set()
+
+        return Response(events(), content_type="text/event-stream")
+
+    remote.expect_request(CHAT, method="POST").respond_with_handler(endless)
+
+    async def work(engine: OpenAIEngine) -> None:
+        async with aclosing(engine.stream(CHAT, BODY)) as chunks:
+            await anext(chunks)
+
+    use(spec_of(remote), work)
+    assert ended.wait(30)

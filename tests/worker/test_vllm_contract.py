@@ -8,20 +8,34 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import inspect
 import json
 import os
 import signal
 import struct
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from models_registry import fit
 from tests.worker.conftest import Loop
-from worker.engines.base import Answer, EngineDied, LoadFailed, ModelSpec, Usage
-from worker.engines.vllm import VllmEngine
+from worker.canary import Canary
+from worker.engines.base import (
+    Answer,
+    Chunk,
+    EngineDied,
+    LoadFailed,
+    ModelSpec,
+    Refused,
+    Report,
+    Usage,
+)
+from worker.engines.ladder import Ladder, named
+from worker.engines.vllm import VllmEngine, _knows_sleep
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -124,6 +138,21 @@ def error_of(answer: Answer, status: int = 400) -> dict[str, Any]:
 def text_of(body: dict[str, Any]) -> str:
     text: str = body["choices"][0]["message"]["content"]
     return text
+
+
+# What is estimated before a load
+
+
+def test_the_estimated_cache_and_weights_are_those_that_vllm_has(host: Host) -> None:
+    from safetensors.torch import load_file
+
+    shape = fit.read(host.folders["tiny-chat-a"])
+    cache = host.use("tiny-chat-a")._engine.vllm_config.cache_config
+    a_block = shape.kv_bytes(cache.block_size, element=4)  # float32 on the CPU
+    assert cache.num_gpu_blocks == cache.kv_cache_memory_bytes // a_block
+    for folder in host.folders.values():
+        tensors = load_file(folder / "model.safetensors").values()
+        assert fit.read(folder).weights == sum(2 * tensor.numel() for tensor in tensors)
 
 
 # Chat
@@ -401,21 +430,152 @@ def test_endpoints_that_the_model_cannot_do_are_refused(host: Host) -> None:
     assert error_of(host.ask("tiny-chat-a", "/v1/images", prompt="x"), 404)["param"] is None
 
 
+# Streams
+
+
+def streamed(host: Host, endpoint: str = CHAT, **body: Any) -> list[Chunk]:
+    engine = host.use("tiny-chat-a")
+
+    async def collect() -> list[Chunk]:
+        return [chunk async for chunk in engine.stream(endpoint, {"model": "tiny-chat-a", **body})]
+
+    chunks: list[Chunk] = host.loop.run(collect())
+    return chunks
+
+
+SAME = {"messages": HELLO, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+
+def test_a_stream_says_the_same_in_openais_shape(host: Host) -> None:
+    whole = host.chat(**SAME)
+    *chunks, last = streamed(host, **SAME)
+    events = [json.loads(chunk.data) for chunk in chunks]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == text_of(
+        whole
+    )
+    assert {name for event in events for name in event} <= {
+        "id",
+        "object",
+        "created",
+        "model",
+        "choices",
+        "system_fingerprint",
+        "service_tier",
+    }
+    assert {name for event in events for name in event["choices"][0]} <= {
+        "index",
+        "delta",
+        "logprobs",
+        "finish_reason",
+    }
+    assert {name for event in events for name in event["choices"][0]["delta"]} <= {
+        "role",
+        "content",
+    }
+    assert [event["choices"][0]["finish_reason"] for event in events][-1] == "length"
+    prompt = whole["usage"]["prompt_tokens"]
+    assert [chunk.usage.output for chunk in chunks if chunk.usage][-1] == 8
+    assert (last.data, last.usage and (last.usage.input, last.usage.output)) == (b"", (prompt, 8))
+
+
+def test_usage_comes_in_the_last_event_for_who_asks(host: Host) -> None:
+    *chunks, last = streamed(host, **SAME, stream_options={"include_usage": True})
+    assert all("usage" not in json.loads(chunk.data) for chunk in chunks)
+    event = json.loads(last.data)
+    assert (event["choices"], event["usage"]["completion_tokens"]) == ([], 8)
+
+
+def test_completions_and_several_choices_are_streamed(host: Host) -> None:
+    body = {"prompt": "Once", "n": 2, "max_tokens": 4, "ignore_eos": True}
+    events = [json.loads(chunk.data) for chunk in streamed(host, COMPLETE, **body) if chunk.data]
+    texts: dict[int, str] = {0: "", 1: ""}
+    for event in events:
+        assert set(event["choices"][0]) <= {"index", "text", "logprobs", "finish_reason"}
+        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert all(texts.values())
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "status"),
+    [
+        (CHAT, {"messages": HELLO, "temperature": -1}, 400),
+        (CHAT, {"messages": HELLO, "stream_options": "all"}, 400),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 3000}]}, 400),
+        (CHAT, {"messages": HELLO, "model": "other"}, 404),
+        (EMBED, {"input": "x"}, 400),
+    ],
+)
+def test_a_stream_is_refused_before_it_begins(
+    host: Host, endpoint: str, body: dict[str, Any], status: int
+) -> None:
+    with pytest.raises(Refused) as refused:
+        streamed(host, endpoint, **body)
+    error_of(refused.value.answer, status)
+
+
+def test_whoever_stops_reading_a_stream_aborts_it_in_the_engine(host: Host) -> None:
+    engine = host.use("tiny-chat-a")
+    body = {"model": "tiny-chat-a", "messages": HELLO, "max_tokens": 1900, "ignore_eos": True}
+
+    async def read_one() -> Usage | None:
+        async with contextlib.aclosing(engine.stream(CHAT, body)) as chunks:
+            await anext(chunks)
+            chunk = await anext(chunks)
+        while engine._engine.get_num_unfinished_requests():
+            await asyncio.sleep(0.01)
+        return chunk.usage
+
+    usage = host.loop.run(read_one(), timeout=30)
+    assert usage is not None
+    assert 1 <= usage.output < 1900
+    assert engine._in_flight == set()
+
+
+def test_what_somebody_waits_for_goes_before_batches_whatever_they_say(host: Host) -> None:
+    """The engine runs 64 at once: of 200 that came before, most still wait."""
+    engine = host.use("tiny-chat-a")
+    body = {"model": "tiny-chat-a", "messages": HELLO, "ignore_eos": True, "priority": -9}
+
+    async def overtake() -> int:
+        batch = [
+            asyncio.create_task(engine.answer(CHAT, body | {"max_tokens": 100})) for _ in range(200)
+        ]
+        while engine._engine.get_num_unfinished_requests() < 200:
+            await asyncio.sleep(0.01)
+        async with contextlib.aclosing(engine.stream(CHAT, body | {"priority": 9})) as chunks:
+            await anext(chunks)
+        left = sum(not task.done() for task in batch)
+        await asyncio.gather(*batch)
+        return left
+
+    assert host.loop.run(overtake()) > 64
+
+
 # The engine's life
 
 
 def test_capacity_is_more_than_the_engine_runs_at_once(host: Host) -> None:
-    assert host.use("tiny-chat-a").capacity == 128
-
-
-def test_many_at_once_are_all_answered(host: Host) -> None:
     engine = host.use("tiny-chat-a")
+    assert (engine.capacity, engine.cache_tokens) == (128, 131_072)
+
+
+def test_many_at_once_are_all_answered_and_the_engine_tells_how_it_gets_on(host: Host) -> None:
+    engine = host.use("tiny-chat-a")
+    reports: list[Report | None] = []
+    engine.on_report = lambda: reports.append(engine.report)
 
     async def many() -> list[Answer]:
         body = {"model": "tiny-chat-a", "messages": HELLO, "max_tokens": 4, "ignore_eos": True}
         return list(await asyncio.gather(*(engine.answer(CHAT, body) for _ in range(300))))
 
     assert [answer.usage.output for answer in host.loop.run(many())] == [4] * 300
+    told = [report for report in reports if report is not None]
+    assert len(told) == len(reports) > 16  # four steps for each of five engine-fulls, and more
+    assert max(report.running for report in told) >= 64
+    assert max(report.waiting for report in told) > 64
+    assert told[-1].waiting == 0
+    # What each request and token would cost is not counted.
+    assert (engine._engine.log_stats, engine._engine.output_processor.log_stats) == (False, False)
 
 
 def test_cancelling_an_answer_aborts_it_in_the_engine(host: Host) -> None:
@@ -442,8 +602,15 @@ def test_killed_engine_fails_all_in_flight_and_loads_again(host: Host) -> None:
     assert pids == children()
     body = {"model": "tiny-chat-a", "messages": HELLO, "max_tokens": 1900, "ignore_eos": True}
 
+    async def read() -> None:
+        async for _ in engine.stream(CHAT, body):
+            pass
+
     async def kill() -> list[Any]:
-        tasks = [asyncio.create_task(engine.answer(CHAT, body)) for _ in range(100)]
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(engine.answer(CHAT, body)) for _ in range(99)
+        ]
+        tasks.append(asyncio.create_task(read()))
         while engine._engine.get_num_unfinished_requests() < 100:
             await asyncio.sleep(0.01)
         for pid in pids:
@@ -520,6 +687,88 @@ def test_bad_options_say_what_is_wrong(host: Host, args: dict[str, Any], message
 def test_a_missing_folder_says_so(host: Host) -> None:
     host.clear()
     assert "/no/such/folder" in failure_of(host, source="/no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "/no/such/folder"}, "There is no /no/such/folder on this host."),
+        ({"engine_args": {"model": "/x"}}, "engine_args cannot set model: the model's entry does"),
+        (
+            {"settled": {"max-num-seqs": "many"}},
+            "vLLM refuses the engine_args: argument --max-num-seqs: invalid int value: 'many'",
+        ),
+        ({}, None),
+    ],
+)
+def test_what_can_be_known_without_loading_is_found_by_the_check(
+    host: Host, changes: dict[str, Any], message: str | None
+) -> None:
+    before = children()
+    engine = VllmEngine(host.spec("tiny-chat-a", **changes))
+    if message is None:
+        host.loop.run(engine.check())
+    else:
+        with pytest.raises(LoadFailed) as failure:
+            host.loop.run(engine.check())
+        assert str(failure.value) == message
+    assert children() == before
+
+
+def test_a_model_with_too_long_a_context_is_loaded_beside_one_that_sleeps(host: Host) -> None:
+    """The whole way of a swap without its effect on memory: on a CPU, sleep frees none.
+
+    Untested here, for want of a GPU: `enable_sleep_mode`, what is freed, out of memory in CUDA.
+    """
+    host.clear()
+    asleep = host.use("tiny-chat-b")
+    canary = Canary(asleep, asleep.spec)
+    host.loop.run(canary.learn())
+    assert (canary.heard, asleep.can_sleep) == (True, False)
+    host.loop.run(asleep.sleep())
+    assert host.loop.run(asleep._engine.is_sleeping())
+
+    args = {"kv_cache_memory_bytes": "1600K", "max_num_seqs": 64}  # of 4,096 tokens 2 MiB
+    ladder = Ladder(stated=set(map(named, args)))
+    spec = host.spec("tiny-chat-a", engine_args=args, may_sleep=True)
+    awake = VllmEngine(spec)
+    try:
+        with pytest.raises(LoadFailed, match="larger than the available KV cache memory") as failed:
+            host.loop.run(awake.load())
+        assert awake.options["max-num-seqs"] == 64
+        assert ladder.step(str(failed.value), awake.options)
+        fits = ladder.settled["max-model-len"]
+        assert ladder.settled == {"max-model-len": fits}
+        awake = VllmEngine(replace(spec, settled=ladder.settled))
+        host.loop.run(awake.load())
+        assert awake.options["max-model-len"] == fits
+        assert 2048 <= fits < 4096
+        wanted = {"model": "tiny-chat-a", "messages": HELLO, "max_tokens": fits + 1}
+        assert str(fits) in error_of(host.loop.run(awake.answer(CHAT, wanted)))["message"]
+        assert good(host.loop.run(awake.answer(CHAT, wanted | {"max_tokens": 4})))
+    finally:
+        host.loop.run(awake.unload())
+
+    assert (asleep.gone(), asleep.pids()) == (False, children())
+    host.loop.run(asleep.wake())
+    host.loop.run(canary.check())
+    assert not host.loop.run(asleep._engine.is_sleeping())
+
+
+def test_vllm_takes_what_sleep_and_waking_are_asked_with() -> None:
+    from vllm.config import ModelConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    inspect.signature(AsyncLLM.sleep).bind(None, level=1)
+    inspect.signature(AsyncLLM.wake_up).bind(None)
+    assert "enable_sleep_mode" in {field.name for field in fields(ModelConfig)}
+
+
+def test_sleep_mode_is_refused_here_and_only_asked_for_where_it_is_to_be_had(host: Host) -> None:
+    host.clear()
+    said = failure_of(host, engine_args=ARGS | {"enable_sleep_mode": True})
+    assert said.endswith("Sleep mode is not supported on current platform.")
+    assert not _knows_sleep()
 
 
 def test_a_failure_inside_the_engine_process_says_why(host: Host) -> None:

@@ -152,7 +152,7 @@ def test_a_suspect_is_put_back_to_run_alone() -> None:
 
 def test_an_answer_is_a_line_of_the_output_file() -> None:
     answer = Answer(200, b'{"id":"x","n":1.50}', Usage(input=3, cached=1, output=2, reasoning=1))
-    outcome = work.answered(request(7), "mine", answer)
+    outcome = work.answered(request(7), "mine", answer, 0.25)
     line = orjson.loads(outcome.payload)
     assert line == {
         "id": line["id"],
@@ -169,12 +169,12 @@ def test_an_answer_is_a_line_of_the_output_file() -> None:
     assert outcome.payload.endswith(b'{"id":"x","n":1.50}},"error":null}\n')
     assert (outcome.line, outcome.ok) == (7, True)
     tokens = (outcome.input, outcome.cached, outcome.output, outcome.reasoning)
-    assert tokens == (3, 1, 2, 1)
+    assert (tokens, outcome.gpu_seconds) == ((3, 1, 2, 1), 0.25)
 
 
 @pytest.mark.parametrize(("status", "ok"), [(200, True), (399, True), (400, False), (500, False)])
 def test_an_answer_of_an_error_is_no_success(status: int, ok: bool) -> None:
-    assert work.answered(request(), "mine", Answer(status, b"{}")).ok is ok
+    assert work.answered(request(), "mine", Answer(status, b"{}"), 0.0).ok is ok
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from worker.engines.base import Engine, LoadFailed, ModelSpec
 
 
-def make(spec: ModelSpec, gpu: int | None) -> Engine:
+def make(spec: ModelSpec, gpu: str | None) -> Engine:
     """An engine for the model, not loaded yet; what it needs is imported only when it is used."""
     if spec.engine == "vllm":
         from worker.engines.vllm import VllmEngine

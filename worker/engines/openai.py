@@ -9,6 +9,8 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -16,12 +18,28 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
+import structlog
 
-from worker.engines.base import Answer, EngineDied, LoadFailed, ModelSpec, Usage
+from worker.engines import streaming
+from worker.engines.base import (
+    Answer,
+    Chunk,
+    Engine,
+    EngineDied,
+    LoadFailed,
+    ModelSpec,
+    Refused,
+    Usage,
+)
+from worker.engines.streaming import encoded
+
+logger = structlog.get_logger(__name__)
 
 RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
 BODY_LIMIT = 64 * 1024 * 1024
 """Bytes of one answer, after decompression; a longer one is refused."""
+EVENT_LIMIT = 4 * 1024 * 1024
+"""Bytes of one event of a streamed answer."""
 CONNECT_SECONDS = 30.0
 LONGEST_PAUSE = 60.0
 """Seconds: cap of the pause before a retry, also of one that the server asked for."""
@@ -44,16 +62,20 @@ class Reply:
 
 
 class _TooLongError(Exception):
-    """The body exceeds BODY_LIMIT."""
+    """The body exceeds BODY_LIMIT, or an event EVENT_LIMIT."""
 
 
-class OpenAIEngine:
+class OpenAIEngine(Engine):
     """One model behind one base URL, with or without `/v1` at its end."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self.capacity = int(OPTIONS["concurrency"])
+        self.gpus = 0
+        self.capacity = self.slots = int(OPTIONS["concurrency"])
         self._session: aiohttp.ClientSession | None = None
+
+    async def check(self) -> None:
+        self._settings()
 
     async def load(self) -> None:
         """Check the settings and the connection; raises LoadFailed."""
@@ -77,7 +99,7 @@ class OpenAIEngine:
         unknown = sorted(args.keys() - OPTIONS.keys())
         if unknown:
             raise LoadFailed(f"engine openai has no option {', '.join(unknown)}")
-        self.capacity = int(_number(args.get("concurrency"), "concurrency", 1))
+        self.capacity = self.slots = int(_number(args.get("concurrency"), "concurrency", 1))
         self._retries = int(_number(args.get("max_retries"), "max_retries", 0))
         self._timeout = _number(args.get("timeout_seconds"), "timeout_seconds", 0.001)
         self._backoff = _number(args.get("backoff_seconds"), "backoff_seconds", 0)
@@ -95,19 +117,52 @@ class OpenAIEngine:
         if reply.status >= 500 or 300 <= reply.status < 400:
             raise LoadFailed(f"{self._root} answers HTTP {reply.status}")
 
-    async def answer(self, endpoint: str, body: dict[str, Any]) -> Answer:
+    async def answer(self, endpoint: str, body: dict[str, Any], *, urgent: bool = False) -> Answer:
         """Send one request, again where that may help; raises EngineDied without a connection."""
         if self._session is None:
             raise EngineDied(f"the engine of {self.spec.name} is not loaded")
         if body.get("stream"):
-            return _error(400, "A batch request cannot be streamed", param="stream")
-        if self.spec.source not in ("", "none"):
-            body = {**body, "model": self.spec.source}
+            return _error(400, "This request cannot be streamed", param="stream")
         try:
-            payload = _encode(body)
+            payload = self._payload(body)
         except (ValueError, RecursionError):
             return _error(400, "The body cannot be written as JSON")
         return self._answer_of(await self._ask(endpoint, payload))
+
+    def _payload(self, body: dict[str, Any]) -> bytes:
+        """The body as the remote engine gets it, in which no tenant says who goes first there."""
+        body = {name: value for name, value in body.items() if name != "priority"}
+        if self.spec.source not in ("", "none"):
+            body["model"] = self.spec.source
+        return encoded(body)
+
+    async def stream(self, endpoint: str, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
+        """Pass the remote's events on as they come. Nothing is tried again: somebody waits."""
+        asked = streaming.Asked(body)
+        try:
+            payload = self._payload(streaming.with_usage(body))
+        except (ValueError, RecursionError):
+            raise Refused(_error(400, "The body cannot be written as JSON")) from None
+        try:
+            async with aclosing(self._events(endpoint, payload)) as events:
+                async for event in events:
+                    if event.get("error"):
+                        raise Refused(self._error_of(Reply(502, b""), event))
+                    if "model" in event:
+                        event["model"] = self.spec.name
+                    yield asked.chunk(event)
+        except (aiohttp.ClientError, OSError, _TooLongError) as error:
+            logger.warning("stream lost", engine=self._root, error=type(error).__name__)
+            raise Refused(_error(502, "The connection to the remote engine was lost")) from error
+
+    async def _events(self, endpoint: str, payload: bytes) -> AsyncGenerator[dict[str, Any], None]:
+        async with self._request("POST", endpoint, payload) as response:
+            if response.status != 200:
+                raise Refused(self._answer_of(Reply(response.status, await _bounded(response))))
+            async for line in _lines(response):
+                event = _decode(line.removeprefix(b"data:")) if line.startswith(b"data:") else None
+                if isinstance(event, dict):
+                    yield event
 
     async def _ask(self, endpoint: str, payload: bytes) -> Reply:
         """The first reply that is worth no retry, or the last one."""
@@ -142,16 +197,19 @@ class OpenAIEngine:
         return random.uniform(0, min(self._backoff * 2**attempt, LONGEST_PAUSE))  # noqa: S311
 
     async def _send(self, method: str, endpoint: str, payload: bytes | None) -> Reply:
+        async with self._request(method, endpoint, payload) as response:
+            return Reply(response.status, await _bounded(response), _asked_pause(response.headers))
+
+    def _request(self, method: str, endpoint: str, payload: bytes | None) -> Any:
         if self._session is None:
             raise EngineDied(f"the engine of {self.spec.name} is not loaded")
-        async with self._session.request(
+        return self._session.request(
             method,
             self._root + endpoint,
             data=payload,
             headers={"Content-Type": "application/json"} if payload else None,
             allow_redirects=False,  # the secret and the tenant's text go to no other host
-        ) as response:
-            return Reply(response.status, await _bounded(response), _asked_pause(response.headers))
+        )
 
     def _answer_of(self, reply: Reply) -> Answer:
         body = _decode(reply.raw)
@@ -161,7 +219,7 @@ class OpenAIEngine:
             return _error(502, f"The remote engine gave no JSON answer (HTTP {reply.status})")
         if "model" in body:
             body["model"] = self.spec.name
-        return Answer(200, _encode(body), Usage.of(body.get("usage")))
+        return Answer(200, encoded(body), Usage.of(body.get("usage")))
 
     def _error_of(self, reply: Reply, body: Any) -> Answer:
         """The remote's error in OpenAI's shape, whatever shape it had."""
@@ -227,6 +285,17 @@ async def _bounded(response: aiohttp.ClientResponse) -> bytes:
     return bytes(raw)
 
 
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The lines of a streamed answer, none of more than EVENT_LIMIT bytes."""
+    rest = b""
+    async for piece in response.content.iter_any():
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            yield line
+        if len(rest) > EVENT_LIMIT:
+            raise _TooLongError
+
+
 def _asked_pause(headers: Any) -> float | None:
     """Seconds that `retry-after-ms` or `retry-after` ask for, as OpenAI's clients read them."""
     for name, factor in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
@@ -240,13 +309,6 @@ def _asked_pause(headers: Any) -> float | None:
     except (KeyError, ValueError, TypeError):
         return None
     return float(max(0.0, then.timestamp() - time.time()))
-
-
-def _encode(body: Any) -> bytes:
-    try:
-        return orjson.dumps(body)
-    except TypeError:  # integers beyond 64 bits and lone surrogates
-        return json.dumps(body).encode()
 
 
 def _decode(raw: bytes) -> Any:
@@ -267,4 +329,4 @@ def _error(
 ) -> Answer:
     kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
     error = {"message": message, "type": kind, "param": param, "code": code}
-    return Answer(status, _encode({"error": error}))
+    return Answer(status, encoded({"error": error}))

@@ -16,7 +16,7 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,7 +25,23 @@ from typing import Any, NoReturn
 import orjson
 import psutil
 
-from worker.engines.base import Answer, EngineDied, LoadFailed, ModelSpec, Usage
+from models_registry import profiles
+from worker import gpus
+from worker.engines import ladder, streaming
+from worker.engines.base import (
+    FULLS,
+    Answer,
+    Chunk,
+    Engine,
+    EngineDied,
+    LoadFailed,
+    ModelSpec,
+    Refused,
+    Report,
+    Usage,
+)
+from worker.engines.gauge import Gauge
+from worker.engines.streaming import encoded
 
 WATCH_SECONDS = 0.25
 """How often the engine's processes are looked at."""
@@ -33,16 +49,13 @@ DEATH_GRACE_SECONDS = 0.5
 """How long vLLM may take to fail a dead engine's requests itself, before they are ended here."""
 SHUTDOWN_SECONDS = 10.0
 """How long the engine's processes may take to end by themselves, before they are killed."""
-QUEUE_FACTOR = 2
-"""Requests in flight for each one that runs: the next must wait in the engine, not in Python."""
-SHORTEST_REQUEST = 128
-"""Tokens of KV cache below which no request is counted when the cache bounds the capacity."""
 
 OURS = frozenset({"model", "model-tag", "served-model-name", "revision", "config", "headless"})
 """vLLM options that the registry entry decides, or that make no sense in process."""
 
 DEFAULT_OPTIONS: dict[str, Any] = {
     "disable-log-stats": True,
+    "scheduling-policy": "priority",  # what somebody waits for goes before batches
     "enable-prompt-tokens-details": True,  # usage of cached tokens is billed apart
     # Bodies are tenants' text: a URL in one must not make this host fetch it. An empty list would
     # allow every host, so the list names one that cannot exist; `data:` URLs stay allowed.
@@ -59,6 +72,9 @@ CPU_OPTIONS: dict[str, Any] = {
     "kv-cache-memory-bytes": "1G",  # without a bound it takes most of the host's memory
     "structured-outputs-config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
+
+URGENT, BATCH = 0, 1
+"""vLLM's `priority`: the smaller one first. Never the tenants' own."""
 
 EXTRAS = frozenset(
     {
@@ -96,18 +112,22 @@ class Call:
     handler: Callable[[Any], Awaitable[Any]] | None
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """One model on vLLM. What a request does not say is vLLM's default, which takes sampling
     values from the model's own `generation_config.json` unless `engine_args` say otherwise.
 
-    `gpu` is the index of the one device that the engine may see; None leaves the environment's
-    choice, which is also how an engine gets several devices.
+    `gpu` are the indexes of the devices that the engine may see, with commas between; None leaves
+    the environment's choice.
     """
 
-    def __init__(self, spec: ModelSpec, *, gpu: int | None = None) -> None:
+    def __init__(self, spec: ModelSpec, *, gpu: str | None = None) -> None:
         self.spec = spec
         self.gpu = gpu
-        self.capacity = 1
+        self.gpus = 1
+        self.capacity = self.slots = 1
+        self.can_sleep = False
+        self._by_priority = False
+        self._gauge = Gauge(self._tell)
         self._engine: Any = None
         self._calls: dict[str, Call] = {}
         self._cores: list[BaseProcess] = []
@@ -117,6 +137,13 @@ class VllmEngine:
         self._in_flight: set[asyncio.Task[Any]] = set()
         self._evicted: set[asyncio.Task[Any]] = set()
         self._dead = False
+
+    async def check(self) -> None:
+        """Look for the folder and let vLLM parse the options; raises LoadFailed."""
+        if Path(self.spec.source).is_absolute() and not Path(self.spec.source).exists():
+            raise LoadFailed(f"There is no {self.spec.source} on this host.")
+        _prepare_process()
+        await asyncio.to_thread(lambda: _parse(self.spec, self._usual_options()))
 
     async def load(self) -> None:
         """Start the engine; raises LoadFailed with the root cause. Takes 10 s to minutes."""
@@ -143,7 +170,13 @@ class VllmEngine:
         tasks = await self._engine.get_supported_tasks()
         state = await _serving_layer(self._engine, args, tasks)
         self._calls = _calls(state)
-        self.capacity = _capacity(self._engine.vllm_config)
+        self.slots = _slots(self._engine.vllm_config)
+        self.capacity = FULLS * self.slots
+        self.cache_tokens = _cache_tokens(self._engine.vllm_config)
+        self.can_sleep = self._engine.vllm_config.model_config.enable_sleep_mode
+        self._by_priority = self._engine.vllm_config.scheduler_config.policy == "priority"
+        parallel = self._engine.vllm_config.parallel_config
+        self.gpus = parallel.world_size * parallel.data_parallel_size
         self._watcher = asyncio.create_task(self._watch(), name=f"watch {self.spec.name}")
         # What is here now stays while the model does: the collector need not walk a million
         # objects of torch's and vLLM's again and again while requests come and go.
@@ -157,31 +190,52 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        args = _parse(self.spec)
+        args = _parse(self.spec, self._usual_options())
         log = _failure_log()
         if log:
             os.truncate(log, 0)
         self._strangers = {child.pid for child in multiprocessing.active_children()}
         with _environment(self._environment(args)):
+            engine_args = AsyncEngineArgs.from_cli_args(args)
             try:
-                engine_args = AsyncEngineArgs.from_cli_args(args)
                 # Offline use, so that vLLM's defaults are those for throughput, not for latency.
                 self._engine = AsyncLLM.from_engine_args(
-                    engine_args, usage_context=UsageContext.LLM_CLASS
+                    engine_args,
+                    usage_context=UsageContext.LLM_CLASS,
+                    stat_loggers=[self._gauge.logger],
                 )
             except Exception as error:
                 raise LoadFailed(_logged_cause(log) or _in_one_line(error)) from error
             finally:
                 random.seed()  # vLLM gave this process's generator the engine's seed, which is 0
+                self.options = _memory_options(engine_args)
+        if engine_args.disable_log_stats:
+            # Of the statistics that a logger switches on, only the scheduler's few counts are
+            # wanted; those of each request and token would cost this process's one thread dear.
+            self._engine.log_stats = self._engine.output_processor.log_stats = False
         self._cores = self._children()
         return args
+
+    def _usual_options(self) -> dict[str, Any]:
+        """What suits the GPU, and nothing where there is none (or no telling)."""
+        found = [] if _on_cpu() else gpus.facts(self.gpu)
+        memory = min((each.memory for each in found), default=0)
+        return profiles.engine_args(memory) if memory else {}
+
+    def _tell(self, report: Report) -> None:
+        self.report = report
+        if self.on_report is not None:
+            # Not here and now: an exception would end vLLM's own task.
+            asyncio.get_running_loop().call_soon(self.on_report)
 
     def _environment(self, args: Any) -> dict[str, str]:
         """What the engine's processes must find in their environment when they are spawned."""
         if self.gpu is not None and not _on_cpu():
             # The child decides at its first CUDA call which devices there are; after its spawn
             # it is too late. Only the child, because the next engine may be given another one.
-            wanted = {"CUDA_VISIBLE_DEVICES": str(self.gpu)}
+            # CUDA's own order is by speed; ours, the driver's, is by place on the bus.
+            order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+            wanted = {"CUDA_VISIBLE_DEVICES": self.gpu} | order
         else:
             wanted = {}
         usual = {}
@@ -196,18 +250,74 @@ class VllmEngine:
             usual["TORCHDYNAMO_DISABLE"] = "1"
         return wanted | {name: usual[name] for name in usual.keys() - os.environ.keys()}
 
-    async def answer(self, endpoint: str, body: dict[str, Any]) -> Answer:
+    async def answer(self, endpoint: str, body: dict[str, Any], *, urgent: bool = False) -> Answer:
         """Answer one request body; a refusal is an answer, only the engine's end is an error."""
-        if self._gone():
+        with self._in_care():
+            try:
+                handler, request = self._prepared(endpoint, body, urgent=urgent)
+                if getattr(request, "stream", None):
+                    return _error(400, "This request cannot be streamed", param="stream")
+                answer = _read(await handler(request))
+            except Refused as refusal:
+                return refusal.answer
+            except Exception as error:
+                if self.gone():
+                    raise EngineDied(self._last_words()) from error
+                return _refusal(error)
+            if answer.status >= 500 and self.gone():
+                raise EngineDied(self._last_words())
+            return answer
+
+    async def stream(self, endpoint: str, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
+        """The events of vLLM's own server, with OpenAI's keys alone."""
+        asked = streaming.Asked(body)
+        # With usage in each event, also what is broken off is counted.
+        body = streaming.with_usage(body, continuous_usage_stats=True)
+        with self._in_care():
+            try:
+                async with contextlib.aclosing(self._events(endpoint, body)) as events:
+                    async for event in events:
+                        _strip_answer(event)
+                        yield asked.chunk(event)
+            except Refused:
+                if self.gone():
+                    raise EngineDied(self._last_words()) from None
+                raise
+            except Exception as error:
+                if self.gone():
+                    raise EngineDied(self._last_words()) from error
+                raise Refused(_refusal(error)) from error
+
+    async def _events(
+        self, endpoint: str, body: dict[str, Any]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        handler, request = self._prepared(endpoint, body, urgent=True)
+        if not getattr(request, "stream", None):
+            raise Refused(_error(400, "This request cannot be streamed", param="stream"))
+        answer = await handler(request)
+        if not hasattr(answer, "__aiter__"):
+            raise Refused(_read(answer))
+        async with contextlib.aclosing(answer) as texts:
+            async for text in texts:
+                event = text.removeprefix("data: ").strip()
+                if event == "[DONE]":
+                    return
+                yield _unless_error(orjson.loads(event))
+
+    @contextlib.contextmanager
+    def _in_care(self) -> Iterator[None]:
+        """While the current task waits for the engine, the engine's end becomes `EngineDied`."""
+        if self.gone():
             raise EngineDied(f"the engine of {self.spec.name} is not running")
         task = asyncio.current_task()
         assert task is not None
         cancelled_before = task.cancelling()
         self._in_flight.add(task)
         try:
-            return await self._ask(endpoint, body)
+            yield
         finally:
             self._in_flight.discard(task)
+            self._gauge.ended()
             # Here and not in an `except`, because some of vLLM's handlers take a cancellation
             # for a client that hung up, and return an ordinary error.
             self._raise_if_ended(task, cancelled_before)
@@ -220,34 +330,37 @@ class VllmEngine:
         if task.cancelling() > cancelled_before:
             raise asyncio.CancelledError
 
-    async def _ask(self, endpoint: str, body: dict[str, Any]) -> Answer:
+    def _prepared(
+        self, endpoint: str, body: dict[str, Any], *, urgent: bool
+    ) -> tuple[Callable[[Any], Awaitable[Any]], Any]:
+        """The handler and what it takes; raises `Refused`, and whatever vLLM's parsers do."""
         call = self._calls.get(endpoint)
         if call is None:
-            return _error(404, f"Unknown endpoint {endpoint}")
+            raise Refused(_error(404, f"Unknown endpoint {endpoint}"))
         if call.handler is None:
-            return _error(400, f"The model `{self.spec.name}` does not support {endpoint}")
-        try:
-            # vLLM books a request before it packs it for its other process, and forgets to strike
-            # off what cannot be packed (lone surrogates, huge integers): find that out first.
-            orjson.dumps(body)
-            # A copy: vLLM's validators write defaults into the body, and the caller may retry it.
-            request = call.parse(dict(body))
-            if getattr(request, "stream", None):
-                return _error(400, "A batch request cannot be streamed", param="stream")
-            answer = _read(await call.handler(request))
-        except Exception as error:
-            if self._gone():
-                raise EngineDied(self._last_words()) from error
-            return _refusal(error)
-        if answer.status >= 500 and self._gone():
-            raise EngineDied(self._last_words())
-        return answer
+            said = f"The model `{self.spec.name}` does not support {endpoint}"
+            raise Refused(_error(400, said))
+        # vLLM books a request before it packs it for its other process, and forgets to strike
+        # off what cannot be packed (lone surrogates, huge integers): find that out first.
+        orjson.dumps(body)
+        priority = URGENT if urgent or not self._by_priority else BATCH
+        # A copy: vLLM's validators write defaults into the body, and the caller may retry it.
+        return call.handler, call.parse({**body, "priority": priority})
 
-    def _gone(self) -> bool:
+    async def sleep(self) -> None:
+        """Level 1: the weights to the host's memory. Level 2 would read them from disk again on
+        waking, in place, which some models do not survive unchanged."""
+        await self._engine.sleep(level=1)
+
+    async def wake(self) -> None:
+        if await self._engine.wake_up() is False:  # None before vLLM 0.32
+            raise EngineDied(f"the engine of {self.spec.name} is not fully awake")
+
+    def gone(self) -> bool:
         return self._dead or self._engine is None or bool(self._engine.errored)
 
     def _last_words(self) -> str:
-        cause = _logged_cause(_failure_log())
+        cause = _logged_cause(_failure_log(), since="encountered a fatal error")
         return f"the engine of {self.spec.name} died" + (f": {cause}" if cause else "")
 
     async def _watch(self) -> None:
@@ -361,14 +474,25 @@ def _logging_config(log: Path, level: str) -> dict[str, Any]:
 
 
 EXCEPTION_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit)\b(?:: .+)?$")
+ADVICE = re.compile(
+    r"Failed to load model - not enough GPU memory.*|\w+: CUDA out of memory occurred when .*"
+)
+"""What says more than the exception that it stands beside."""
 NO_CAUSE = ("See root cause", "See stack trace", "initialization failed", "EngineDeadError")
 
 
-def _logged_cause(log: Path | None) -> str:
-    """The last line of the first logged traceback that names a cause."""
+def _logged_cause(log: Path | None, since: str = "") -> str:
+    """The last line of the first logged traceback that names a cause.
+
+    Where the log has the words `since`, only what follows them counts.
+    """
     if log is None or not log.exists():
         return ""
-    for line in log.read_text(errors="replace").splitlines():
+    text = log.read_text(errors="replace")
+    text = text[max(text.find(since), 0) :]
+    if advice := ADVICE.search(text):
+        return advice[0][:500]
+    for line in text.splitlines():
         if EXCEPTION_LINE.match(line) and not any(words in line for words in NO_CAUSE):
             return line[:500]
     return ""
@@ -408,6 +532,20 @@ def _on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def _knows_sleep() -> bool:
+    """Whether this build of vLLM can put a model to sleep on this platform."""
+    from vllm.platforms import current_platform
+
+    has_allocator = getattr(current_platform, "is_cumem_allocator_available", lambda: True)
+    return bool(current_platform.is_sleep_mode_available() and has_allocator())
+
+
+def _memory_options(engine_args: Any) -> dict[str, Any]:
+    """What the ladder may change, as vLLM filled it in; without what it leaves to the model."""
+    found = {name: getattr(engine_args, name.replace("-", "_"), None) for name in ladder.OPTIONS}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _cli() -> Any:
     try:
         from vllm.entrypoints.common import cli_args  # 0.33
@@ -419,8 +557,11 @@ def _cli() -> Any:
     return cli_args
 
 
-def _parse(spec: ModelSpec) -> Any:
-    """vLLM's own parsed arguments for a registry entry; raises LoadFailed for a bad option."""
+def _parse(spec: ModelSpec, usual: Mapping[str, Any]) -> Any:
+    """vLLM's own parsed arguments for a registry entry; raises LoadFailed for a bad option.
+
+    `usual` are options that suit the GPU, unless the entry has others.
+    """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     def refuse(message: str) -> NoReturn:
@@ -429,7 +570,7 @@ def _parse(spec: ModelSpec) -> Any:
     parser = _cli().make_arg_parser(FlexibleArgumentParser(prog="vllm"))
     parser.error = refuse  # argparse would end the process
     try:
-        args = parser.parse_args(_words(spec, parser._option_string_actions))
+        args = parser.parse_args(_words(spec, usual, parser._option_string_actions))
         _cli().validate_parsed_serve_args(args)
     except SystemExit:
         raise LoadFailed("vLLM refuses the engine_args") from None
@@ -438,15 +579,19 @@ def _parse(spec: ModelSpec) -> Any:
     return args
 
 
-def _words(spec: ModelSpec, known: dict[str, Any]) -> list[str]:
-    """The command line for a registry entry: our options, then those of its `engine_args`."""
-    options = DEFAULT_OPTIONS | TASK_OPTIONS.get(spec.task, {}) | (CPU_OPTIONS if _on_cpu() else {})
+def _words(spec: ModelSpec, usual: Mapping[str, Any], known: dict[str, Any]) -> list[str]:
+    """The command line for a registry entry: our options, then those of its `engine_args`, then
+    what it settled on."""
+    options = {**DEFAULT_OPTIONS, **usual, **TASK_OPTIONS.get(spec.task, {})}
+    options |= CPU_OPTIONS if _on_cpu() else {}
+    options["enable-sleep-mode"] = spec.may_sleep and _knows_sleep()
     options = {name: value for name, value in options.items() if f"--{name}" in known}
     for name, value in spec.engine_args.items():
-        option = name.lstrip("-").replace("_", "-")
+        option = ladder.named(name)
         if option in OURS:
             raise LoadFailed(f"engine_args cannot set {name}: the model's entry does")
         options[option] = value
+    options |= spec.settled
     if "tool-call-parser" in options:  # which vLLM does not look at without this
         options.setdefault("enable-auto-tool-choice", True)
     words = [f"--model={spec.source}", f"--served-model-name={spec.name}"]
@@ -520,14 +665,17 @@ def _calls(state: Any) -> dict[str, Call]:
     }
 
 
-def _capacity(config: Any) -> int:
-    """Requests in flight that keep the engine full: what it can run at once, and some waiting."""
-    running = config.scheduler_config.max_num_seqs
+def _slots(config: Any) -> int:
+    """How many requests it can run at once, on all data-parallel ranks."""
+    return int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
+
+
+def _cache_tokens(config: Any) -> int:
+    """Tokens of KV cache, of all data-parallel ranks. Where it could not hold even one request of
+    the greatest length, the model keeps none (an encoder), and vLLM has made up the number."""
     cache = config.cache_config
     tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
-    if tokens:
-        running = min(running, max(1, tokens // SHORTEST_REQUEST))
-    return int(QUEUE_FACTOR * running * config.parallel_config.data_parallel_size)
+    return int(tokens) if tokens >= config.model_config.max_model_len else 0
 
 
 def _read(response: Any) -> Answer:
@@ -548,18 +696,30 @@ def _read(response: Any) -> Answer:
 
 
 def _success(body: dict[str, Any]) -> Answer:
+    _strip_answer(body)
+    return Answer(200, encoded(body), Usage.of(body.get("usage")))
+
+
+def _unless_error(event: dict[str, Any]) -> dict[str, Any]:
+    """The event of a stream; raises `Refused` if it says that there are no more."""
+    if error := event.get("error"):
+        raise Refused(_error(int(error["code"]), error["message"], param=error["param"]))
+    return event
+
+
+def _strip_answer(body: dict[str, Any]) -> None:
+    """Leave OpenAI's keys in an answer, or in an event of one."""
     _strip(body)
     for choice in body.get("choices") or ():
         _strip(choice)
-        if "message" in choice:
-            _strip(choice["message"])
-    usage = body.get("usage")
-    if usage:
+        for said in ("message", "delta"):
+            if said in choice:
+                _strip(choice[said])
+    if usage := body.get("usage"):
         _strip(usage)
         for detail in usage.values():
             if isinstance(detail, dict):
                 _strip(detail)
-    return Answer(200, _encode(body), Usage.of(usage))
 
 
 def _strip(values: dict[str, Any]) -> None:
@@ -567,13 +727,6 @@ def _strip(values: dict[str, Any]) -> None:
     for name in EXTRAS & values.keys():
         if values[name] is None:
             del values[name]
-
-
-def _encode(body: Any) -> bytes:
-    try:
-        return orjson.dumps(body)
-    except TypeError:  # a lone surrogate out of a tenant's text, which only JSON's \u can write
-        return json.dumps(body).encode()
 
 
 def _refusal(error: Exception) -> Answer:
@@ -601,4 +754,4 @@ def _vllm_error(error: Exception) -> Any:
 def _error(status: int, message: str, *, param: str | None = None) -> Answer:
     kind = "server_error" if status >= 500 else "invalid_request_error"
     error = {"message": message, "type": kind, "param": param, "code": None}
-    return Answer(status, _encode({"error": error}))
+    return Answer(status, encoded({"error": error}))

@@ -1,0 +1,157 @@
+"""The workers' page for platform operators: how each is, what it does, and what they ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.contrib import messages
+from django.http import Http404
+from django.http.response import HttpResponseBase
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_POST, require_safe
+
+from accounts.errors import ApiError
+from accounts.models import User
+from accounts.pages import PageRequest, operator_page
+from models_registry.models import ModelLoad
+from worker import queries, services
+from worker.models import Health, Worker, WorkerState
+from worker.queries import Running, Swaps
+
+PAGE_SIZE = 50
+LOOKS: Mapping[str, tuple[str, str]] = {
+    WorkerState.STARTING: ("azure", "Starting"),
+    WorkerState.IDLE: ("secondary", "Idle"),
+    WorkerState.LOADING: ("azure", "Loading a model"),
+    WorkerState.RUNNING: ("blue", "Running"),
+    WorkerState.DRAINED: ("yellow", "Drained"),
+    WorkerState.STOPPED: ("secondary", "Stopped"),
+}
+"""The colour and the word of each state."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A worker as a card of the page."""
+
+    worker: Any
+    """With `is_alive` and `silent`, as `queries.workers` gives it."""
+    running: list[Running] = field(default_factory=list)
+    swaps: Swaps = field(default_factory=Swaps)
+    loads: list[ModelLoad] = field(default_factory=list)
+
+    @property
+    def state(self) -> tuple[str, str]:
+        if not self.worker.is_alive and self.worker.state != WorkerState.STOPPED:
+            return "red", "Silent"
+        return LOOKS[self.worker.state]
+
+    @property
+    def is_silent(self) -> bool:
+        return self.state[1] == "Silent"
+
+    @property
+    def silent_seconds(self) -> int:
+        return max(0, int(self.worker.silent.total_seconds()))
+
+    @property
+    def is_draining(self) -> bool:
+        return bool(self.worker.draining) and self.worker.state != WorkerState.DRAINED
+
+    @property
+    def health(self) -> str:
+        """What is wrong with its GPUs, in words; '' for nothing."""
+        if self.worker.health in ("", Health.OK):
+            return ""
+        return f"{Health(self.worker.health).label} {self.worker.health_why}".strip()
+
+    @property
+    def memory_percent(self) -> int | None:
+        total = self.worker.memory_total
+        return round(100 * self.worker.memory_used / total) if total else None
+
+    @property
+    def memory(self) -> str:
+        used, total = self.worker.memory_used, self.worker.memory_total
+        return f"{used / 1024:.1f} of {total / 1024:.1f} GiB" if total else "not known"
+
+
+@require_safe
+@operator_page
+def operator_workers(request: PageRequest, user: User) -> HttpResponseBase:
+    after = request.GET.get("after", "").replace("\0", "")
+    rows, more = _rows(after)
+    alive = sum(bool(row.worker.is_alive) for row in rows)
+    ctx = {
+        "rows": rows,
+        "after": after,
+        "last": rows[-1].worker.name if more else "",
+        "alive": alive,
+        "silent": sum(row.is_silent for row in rows),
+        "speed": sum(row.worker.tokens_per_second for row in rows if row.worker.is_alive),
+    }
+    template = "worker/workers.html"
+    return render(request, f"{template}#rows" if request.htmx else template, ctx)
+
+
+def _rows(after: str) -> tuple[list[Row], bool]:
+    """One page by name, and whether there are more, in as many queries for one as for many."""
+    found = list(queries.workers().filter(name__gt=after)[: PAGE_SIZE + 1])
+    shown = found[:PAGE_SIZE]
+    names = [worker.name for worker in shown]
+    running, swaps = queries.running_on(names), queries.swaps_of(names)
+    loads = queries.last_loads(names)
+    return [
+        Row(
+            worker,
+            running.get(worker.name, []),
+            swaps.get(worker.name, Swaps()),
+            loads.get(worker.name, []),
+        )
+        for worker in shown
+    ], len(found) > PAGE_SIZE
+
+
+@require_POST
+@operator_page
+def operator_worker_drain(request: PageRequest, user: User, worker_id: int) -> HttpResponseBase:
+    said = "{} finishes what it has and begins nothing more."
+    return _ask(request, worker_id, said, lambda name: services.drain(actor=user, name=name))
+
+
+@require_POST
+@operator_page
+def operator_worker_resume(request: PageRequest, user: User, worker_id: int) -> HttpResponseBase:
+    said = "{} takes work again."
+    return _ask(request, worker_id, said, lambda name: services.resume(actor=user, name=name))
+
+
+@require_POST
+@operator_page
+def operator_worker_unload(request: PageRequest, user: User, worker_id: int) -> HttpResponseBase:
+    said = "{} unloads its models as soon as it has nothing in hand."
+    return _ask(request, worker_id, said, lambda name: services.unload(actor=user, name=name))
+
+
+@require_POST
+@operator_page
+def operator_worker_forget(request: PageRequest, user: User, worker_id: int) -> HttpResponseBase:
+    said = "{} is forgotten."
+    return _ask(request, worker_id, said, lambda name: services.forget(actor=user, name=name))
+
+
+def _ask(
+    request: PageRequest, worker_id: int, said: str, service: Callable[[str], object]
+) -> HttpResponseBase:
+    worker = Worker.objects.filter(pk=worker_id).first()
+    if worker is None:
+        raise Http404
+    try:
+        service(worker.name)
+    except ApiError as error:
+        messages.error(request, error.message)
+    else:
+        messages.success(request, said.format(worker.name))
+    return redirect("operator_workers")
