@@ -11,18 +11,35 @@ from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, HttpResponse, UnreadablePostError
 from django.http.multipartparser import MultiPartParserError
 from ninja import NinjaAPI
-from ninja.errors import HttpError, ValidationError
+from ninja.errors import HttpError, Throttled, ValidationError
 from ninja.openapi.schema import REF_TEMPLATE, OpenAPISchema
 from ninja.parser import Parser
 from ninja.renderers import BaseRenderer
+from ninja.throttling import BaseThrottle
 
+from accounts import throttling
+from accounts.access import Caller
+from accounts.api import audit as audit_api
+from accounts.api import auth as auth_api
+from accounts.api import invites as invites_api
+from accounts.api import issuers as issuers_api
+from accounts.api import keys as keys_api
+from accounts.api import limits as limits_api
+from accounts.api import operator as operator_api
+from accounts.api import organization as organization_api
+from accounts.api import projects as projects_api
+from accounts.api import usage as usage_api
+from accounts.api import users as users_api
 from accounts.authentication import KeyAuthentication
 from accounts.errors import ApiError, BadRequest
 from batches import multipart
 from batches.api import batches_router, files_router, uploads_router
+from batches.api_lane import lane_router
+from batches.handler_api import router as handlers_router
 from batches.schemas import ErrorOut
+from batches.webhook_api import router as webhooks_router
 from models_registry.api import router as models_router
-from portal.errors import envelope
+from portal.errors import envelope, refusal
 
 logger = structlog.get_logger(__name__)
 
@@ -51,6 +68,20 @@ class JSONRenderer(BaseRenderer):
         return orjson.dumps(data)
 
 
+class RateThrottle(BaseThrottle):
+    """Counts every authenticated call, before anything of its body is read."""
+
+    def allow_request(self, request: HttpRequest) -> bool:
+        caller = getattr(request, "auth", None)
+        try:
+            if isinstance(caller, Caller):
+                throttling.count(request, caller)
+        except Exception as error:  # Ninja turns what is raised here into no answer of ours
+            request.refusal = error  # type: ignore[attr-defined]
+            return False
+        return True
+
+
 class PortalAPI(NinjaAPI):
     """Adds to every operation of the OpenAPI document that its errors come in the envelope."""
 
@@ -71,8 +102,9 @@ class PortalAPI(NinjaAPI):
 api = PortalAPI(
     title="vLLM Batch Portal",
     version="1.0.0",
-    description="OpenAI's Files, Uploads, Batches and Models, answered on your own GPUs.",
+    description="OpenAI's Files, Uploads, Batches, Models and real-time requests, answered on your own GPUs.",
     auth=KeyAuthentication(),
+    throttle=RateThrottle(),
     parser=JSONParser(),
     renderer=JSONRenderer(),
     docs_url="/docs",
@@ -83,14 +115,30 @@ api.add_router("", files_router)
 api.add_router("", uploads_router)
 api.add_router("", batches_router)
 api.add_router("", models_router)
+api.add_router("", webhooks_router)
+api.add_router("", handlers_router)
+api.add_router("", lane_router)
+api.add_router("/organization", organization_api.router)
+api.add_router("/organization", projects_api.router)
+api.add_router("/organization", users_api.router)
+api.add_router("/organization", invites_api.router)
+api.add_router("/organization", keys_api.router)
+api.add_router("/organization", issuers_api.router)
+api.add_router("/auth", auth_api.router)
+api.add_router("/organization", usage_api.router)
+api.add_router("/organization", audit_api.router)
+api.add_router("/organization", limits_api.router)
+api.add_router("/operator", operator_api.router)
 
 
 @api.exception_handler(ApiError)
 def api_error(request: HttpRequest, error: ApiError) -> HttpResponse:
-    answer = envelope(error.status, error.message, param=error.param, code=error.code)
-    for name, value in error.headers.items():
-        answer[name] = value
-    return answer
+    return refusal(error)
+
+
+@api.exception_handler(Throttled)
+def throttled(request: HttpRequest, error: Throttled) -> HttpResponse:
+    return api.on_exception(request, request.refusal)  # type: ignore[attr-defined]
 
 
 @api.exception_handler(ValidationError)
@@ -98,7 +146,7 @@ def invalid(request: HttpRequest, error: ValidationError) -> HttpResponse:
     """Say the first field that is wrong; its name without the part of the request it is in."""
     first = error.errors[0]
     part, *where = (str(step) for step in first["loc"])
-    if part == "body":
+    if part == "body" or (len(where) > 1 and where[0] not in request.GET):
         where = where[1:]  # without the name of our own function's argument
     param = ".".join(where)[:100] or None
     try:  # of a form that was cut off, what is missing is not what is wrong

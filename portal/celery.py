@@ -1,4 +1,4 @@
-"""The Celery app and its two queues: `cpu`, one worker a message, and `gpu`, every worker.
+"""The Celery app and its queues: `cpu`, `webhooks` and `handlers`, one worker a message, and `gpu`, every worker.
 
 Tasks live in each app's `tasks.py`; a message is a wake-up, the database row is the truth.
 """
@@ -6,9 +6,10 @@ Tasks live in each app's `tasks.py`; a message is a wake-up, the database row is
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from celery import Celery
-from celery.signals import setup_logging, task_prerun
+from celery.signals import setup_logging, task_failure, task_prerun
 from kombu import Queue
 from kombu.common import Broadcast
 
@@ -18,6 +19,8 @@ app = Celery("portal")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.conf.task_queues = (
     Queue("cpu"),
+    Queue("webhooks"),
+    Queue("handlers"),
     # A fanout: a chunk that becomes ready wakes every idle GPU worker, not just one.
     Broadcast("gpu", routing_key="gpu"),
 )
@@ -35,3 +38,16 @@ def drop_broken_connections(**_: object) -> None:
     from django.db import close_old_connections
 
     close_old_connections()
+
+
+@task_failure.connect
+def note_failure(
+    sender: Any, task_id: str, exception: BaseException, args: Any, traceback: Any, **_: object
+) -> None:
+    """Operators see on a page which tasks failed; a GPU host has none of its tables at hand."""
+    from django.apps import apps
+
+    if apps.is_installed("portal"):
+        from portal import failures
+
+        failures.note(sender, task_id, exception, args, traceback)

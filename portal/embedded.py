@@ -379,7 +379,7 @@ class Postgres(Server):
 
 # Written once, so that an operator may change them in postgresql.conf.
 _POSTGRES_CONF = {
-    "max_connections": "200",
+    "max_connections": "1000",
     "shared_buffers": "128MB",
     "timezone": "UTC",
     "log_timezone": "UTC",

@@ -43,6 +43,17 @@ def read_list(name: str, default: str = "") -> list[str]:
     return [part.strip() for part in read(name, default).split(",") if part.strip()]
 
 
+def read_seconds(name: str, default: str) -> tuple[float, ...]:
+    """A list of waits, at least one of them; none is negative."""
+    try:
+        found = tuple(map(float, read_list(name, default)))
+    except ValueError:
+        found = ()
+    if not found or not all(0 <= each < 10**9 for each in found):
+        raise ImproperlyConfigured(f"{name} must be seconds with commas between, {default} say")
+    return found
+
+
 def own_secret(path: Path) -> str:
     """A secret kept in a file of ours, made at first use, so that no default one exists.
 

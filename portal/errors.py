@@ -8,6 +8,8 @@ from __future__ import annotations
 import orjson
 from django.http import HttpResponse
 
+from accounts.errors import ApiError
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -24,6 +26,14 @@ def envelope(
     if status == 503:
         response["Retry-After"] = "2"
     return response
+
+
+def refusal(error: ApiError) -> HttpResponse:
+    """The error response that says what a service, or a limit, has refused."""
+    answer = envelope(error.status, error.message, param=error.param, code=error.code)
+    for name, value in error.headers.items():
+        answer[name] = value
+    return answer
 
 
 def is_envelope(response: HttpResponse) -> bool:

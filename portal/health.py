@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 from django.conf import settings
 from django.db import Error, connection
 from django.http import HttpRequest, JsonResponse
 from redis import Redis, RedisError
+
+from batches import storage
 
 
 def healthz(request: HttpRequest) -> JsonResponse:
@@ -19,10 +19,15 @@ def readyz(request: HttpRequest) -> JsonResponse:
 
     Redis carries only wake-ups, which sweeps repeat; that it is away is told, not refused.
     """
-    checks = {"database": _database(), "storage": _storage(), "redis": _redis()}
-    ready = checks["database"] and checks["storage"]
+    found = checks()
+    ready = found["database"] and found["storage"]
     status = "ready" if ready else "not ready"
-    return JsonResponse({"status": status, **checks}, status=200 if ready else 503)
+    return JsonResponse({"status": status, **found}, status=200 if ready else 503)
+
+
+def checks() -> dict[str, bool]:
+    """Which of the services answer."""
+    return {"database": _database(), "storage": storage.is_usable(), "redis": _redis()}
 
 
 def _database() -> bool:
@@ -32,10 +37,6 @@ def _database() -> bool:
         return True
     except Error:
         return False
-
-
-def _storage() -> bool:
-    return os.access(settings.FILE_UPLOAD_TEMP_DIR, os.W_OK)
 
 
 def _redis() -> bool:

@@ -1,4 +1,4 @@
-"""What every request gets: an id, a content security policy, and under /v1 the error envelope.
+"""What every request gets: an id, a content security policy, under /v1 the envelope and limits.
 
 Who the caller is belongs to accounts; what went wrong is worded where it happened.
 """
@@ -9,10 +9,18 @@ import secrets
 from collections.abc import Callable
 
 import structlog
+from django.conf import settings
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 
-from portal.errors import envelope, is_envelope
+from accounts import throttling
+from accounts.throttling import RateLimited
+from portal.errors import envelope, is_envelope, refusal
+
+PERMISSIONS = (
+    "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), serial=(), usb=()"
+)
+"""What no page of ours asks a browser for; passkeys need none of it."""
 
 GetResponse = Callable[[HttpRequest], HttpResponseBase]
 
@@ -27,6 +35,8 @@ POLICY = "; ".join(
         "frame-ancestors 'none'",
     ]
 )
+# A provider's own page follows our form, wherever that is; nothing secret is typed into it.
+PROVIDER_POLICY = POLICY.replace("form-action 'self'", "form-action https: http:")
 # Swagger UI sets style attributes from its script.
 DOCS_POLICY = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 
@@ -48,9 +58,57 @@ def request_id(get_response: GetResponse) -> GetResponse:
 def content_security_policy(get_response: GetResponse) -> GetResponse:
     def middleware(request: HttpRequest) -> HttpResponseBase:
         response = get_response(request)
-        policy = DOCS_POLICY if request.path == "/v1/docs" else POLICY
-        response.setdefault("Content-Security-Policy", policy)
+        response.setdefault("Content-Security-Policy", _policy(request.path_info))
+        response.setdefault("Permissions-Policy", PERMISSIONS)
         return response
+
+    return middleware
+
+
+def _policy(path: str) -> str:
+    if path.startswith("/accounts/oidc/"):
+        return PROVIDER_POLICY
+    return DOCS_POLICY if path == "/v1/docs" else POLICY
+
+
+def rate_limits(get_response: GetResponse) -> GetResponse:
+    """Tell every answer under /v1 its tightest limit, and count by address who is nobody known."""
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        if not request.path_info.startswith("/v1"):
+            return response
+        if throttling.usage_of(request) is None:
+            try:
+                throttling.count_address(request)
+            except RateLimited as error:
+                response = refusal(error)
+        if usage := throttling.usage_of(request):
+            for name, value in usage.headers.items():
+                response[name] = value
+        return response
+
+    return middleware
+
+
+TAKES_FILES = ("/v1/files", "/v1/uploads")
+PAGES_TAKING_FILES = ("/files", "/batches/new")
+"""They look at the length themselves (`batches/views/uploading.py`)."""
+
+
+def small_bodies(get_response: GetResponse) -> GetResponse:
+    """Refuse a large body wherever no file is taken, before anything of it is read or spooled."""
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        announced: str = request.META.get("CONTENT_LENGTH") or "0"
+        small = announced.isdecimal() and int(announced) <= settings.DATA_UPLOAD_MAX_MEMORY_SIZE
+        path = request.path_info
+        if small or path.startswith(TAKES_FILES) or path in PAGES_TAKING_FILES:
+            return get_response(request)
+        if request.path_info.startswith("/v1"):
+            said = "The request body is too large for this path."
+            return envelope(413, said, code="body_too_large")
+        return HttpResponse("What was sent is too large.", status=413, content_type="text/plain")
 
     return middleware
 
@@ -62,10 +120,10 @@ def api_errors(get_response: GetResponse) -> GetResponse:
         if _is_unmeasured(request):
             said = "Send the body with a Content-Length: chunks of unknown number are not read."
             return envelope(411, said, code="length_required")
-        if request.path.startswith("/v1"):
+        if request.path_info.startswith("/v1"):
             request.encoding = "utf-8"  # whatever charset was named: nothing else is spoken here
         response = get_response(request)
-        if not request.path.startswith("/v1") or response.status_code < 400:
+        if not request.path_info.startswith("/v1") or response.status_code < 400:
             return response
         if isinstance(response, HttpResponse) and is_envelope(response):
             return response
@@ -77,13 +135,13 @@ def api_errors(get_response: GetResponse) -> GetResponse:
 def _is_unmeasured(request: HttpRequest) -> bool:
     """Whether it is an API request with a body that Django, by WSGI's rules, would not see."""
     chunked = "Transfer-Encoding" in request.headers and not request.META.get("CONTENT_LENGTH")
-    return chunked and request.path.startswith("/v1")
+    return chunked and request.path_info.startswith("/v1")
 
 
 def _enveloped(request: HttpRequest, response: HttpResponseBase) -> HttpResponse:
     said = {
-        404: f"Invalid URL ({request.method} {request.path})",
-        405: f"Not allowed to {request.method} on {request.path}",
+        404: f"Invalid URL ({request.method} {request.path_info})",
+        405: f"Not allowed to {request.method} on {request.path_info}",
         413: "The request body is too large for this path",
     }
     answer = envelope(

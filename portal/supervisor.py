@@ -11,6 +11,7 @@ import http.client
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import structlog
 
 from portal import embedded, logs
 from portal.embedded import ServiceError
+from portal.environment import read_int
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between a death and the next start
@@ -230,24 +232,37 @@ def children(options: argparse.Namespace, variables: dict[str, str], data_dir: P
     commands = {
         "web": _web(options),
         "cpu": _cpu_worker(options),
+        "webhooks": _webhook_worker(),
+        "handlers": _handler_worker(),
         "beat": ["celery", "-q", "-A", "portal", "beat", "--pidfile=", "-s", schedule],
         **{f"gpu{index}": _gpu_worker(index) for index in range(options.gpu_workers)},
     }
     patience = {"web": 15.0, "beat": 10.0}
+    own = {"web": {"PROMETHEUS_MULTIPROC_DIR": str(_empty_folder(data_dir / "metrics"))}}
     return [
         Child(
             name,
-            partial(spawn, [sys.executable, "-m", *command], variables),
+            partial(spawn, [sys.executable, "-m", *command], variables | own.get(name, {})),
             patience=patience.get(name, 30.0),
         )
         for name, command in commands.items()
     ]
 
 
+def _empty_folder(path: Path) -> Path:
+    """What processes of an earlier life have counted would be counted again."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    return path
+
+
 def _web(options: argparse.Namespace) -> list[str]:
-    # A thread of gthread answers its worker's heartbeat, so a long upload is no timeout.
+    # A thread of gthread answers its worker's heartbeat, so a long upload is no timeout. Each
+    # real-time request holds a thread while it is answered.
+    threads = 8 + read_int("LANE_THREADS", 8)
     command = (
-        "gunicorn portal.wsgi:application -k gthread --threads 8 --timeout 120"
+        "gunicorn portal.wsgi:application -c python:portal.gunicorn"
+        f" -k gthread --threads {threads} --timeout 120"
         " --graceful-timeout 10 --keep-alive 15 --log-level warning --no-control-socket"
         f" --workers {options.web_workers} --bind {options.host}:{options.port}"
     ).split()
@@ -259,6 +274,30 @@ def _cpu_worker(options: argparse.Namespace) -> list[str]:
     return (
         "celery -q -A portal worker -Q cpu -P prefork -n cpu@%h --loglevel INFO"
         f" --without-gossip --without-mingle -c {options.cpu_workers}"
+    ).split()
+
+
+WEBHOOK_THREADS = 32
+"""How many endpoints are sent to at once."""
+
+
+def _webhook_worker() -> list[str]:
+    # Threads: it waits for others' servers nearly all of its time.
+    return (
+        "celery -q -A portal worker -Q webhooks -P threads -n webhooks@%h --loglevel INFO"
+        f" --without-gossip --without-mingle -c {WEBHOOK_THREADS}"
+    ).split()
+
+
+HANDLER_PROCESSES = 4
+"""How many result handlers run at once."""
+
+
+def _handler_worker() -> list[str]:
+    # Processes: what a handler hangs in can only be ended with the process that it is in.
+    return (
+        "celery -q -A portal worker -Q handlers -P prefork -n handlers@%h --loglevel INFO"
+        f" --without-gossip --without-mingle -c {HANDLER_PROCESSES}"
     ).split()
 
 

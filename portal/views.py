@@ -1,0 +1,97 @@
+"""The home page: the one page that brings together what the apps know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from django.conf import settings
+from django.http.response import HttpResponseBase
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_safe
+
+from accounts.access import Caller
+from accounts.models import HourlyUse
+from accounts.pages import STOP_POLLING, PageRequest, page
+from batches.models import Batch
+from batches.queries import dead_letters
+from batches.views.batches import Row
+from models_registry.models import Task
+from models_registry.queries import offered_to
+from portal import queries
+
+SHOWN = 5
+"""Batches of a kind; the list has the others."""
+
+
+@require_safe
+@page
+def home(request: PageRequest, caller: Caller) -> HttpResponseBase:
+    if not caller.may("batches.read"):  # a reviewer's way in is elsewhere
+        return redirect("organization_settings")
+    ctx = _now(request, caller)
+    if request.htmx:
+        status = 200 if ctx["live"] else STOP_POLLING
+        return render(request, "portal/home.html#now", ctx, status=status)
+    return render(request, "portal/home.html", ctx | _used(caller) | _limits(caller))
+
+
+def _now(request: PageRequest, caller: Caller) -> dict[str, Any]:
+    """What changes while one looks, and the first steps of who has not run a batch yet."""
+    unfinished = queries.unfinished()
+    ctx: dict[str, Any] = {
+        "running": _rows(unfinished.running),
+        "waiting": _rows(unfinished.waiting),
+        "more": unfinished.total - sum(len(some[:SHOWN]) for some in _kinds(unfinished)),
+        "live": unfinished.total,
+        "failures": _rows(queries.failures()),
+        "failing_models": queries.failing_models(caller.organization),
+        "dead_letters": dead_letters(caller) if caller.may("webhooks.read") else 0,
+    }
+    if not unfinished and not queries.has_run():
+        ctx |= {"first": True, "api_url": api_url(request), "model": _any_model(caller)}
+    return ctx
+
+
+def _kinds(unfinished: queries.Unfinished) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    return unfinished.running, unfinished.waiting
+
+
+def _rows(found: Sequence[Batch]) -> list[Row]:
+    return [Row(batch, may_write=False) for batch in found[:SHOWN]]
+
+
+def _any_model(caller: Caller) -> Any:
+    """One that the first steps can name."""
+    offered = offered_to(caller.organization)
+    return offered.filter(task=Task.CHAT).first() or offered.first()
+
+
+def _used(caller: Caller) -> dict[str, Any]:
+    if not caller.may("usage.read"):
+        return {}
+    hours = queries.hourly(caller.organization)
+    day, week = queries.span("Last 24 hours", hours, 24), queries.span("Last 7 days", hours, 168)
+    return {"spans": [day, week], "hours": _points(hours)}
+
+
+def _points(hours: Sequence[HourlyUse]) -> dict[str, Any]:
+    """For the charts: moments in seconds since 1970, hours without use left out."""
+    return {
+        "now": int(queries.this_hour().timestamp()),
+        "hours": [
+            [int(each.hour.timestamp()), each.requests, each.input_tokens, each.output_tokens]
+            for each in hours
+        ],
+    }
+
+
+def _limits(caller: Caller) -> dict[str, Any]:
+    if not caller.may("quotas.read"):
+        return {}
+    return {"allowances": queries.tightest(caller, 4)}
+
+
+def api_url(request: PageRequest) -> str:
+    """Where programs reach the API; in development the port may be any."""
+    return f"{settings.BASE_URL}/v1" if settings.PRODUCTION else request.build_absolute_uri("/v1")
