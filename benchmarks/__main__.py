@@ -13,7 +13,21 @@ import platform
 import sys
 from pathlib import Path
 
-NAMES = ("api", "control", "engine")
+NAMES = (
+    "api",
+    "claims",
+    "control",
+    "engine",
+    "eta",
+    "feed",
+    "gpu",
+    "lane",
+    "pages",
+    "queue",
+    "scale",
+    "storage",
+    "webhooks",
+)
 
 
 def main() -> int:

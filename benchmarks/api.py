@@ -14,6 +14,7 @@ from pathlib import Path
 import aiohttp
 
 from tests import stack as stacks
+from tests.generous import RATE_LIMITS
 from tests.stack import Stack
 
 SECONDS = 5.0
@@ -125,7 +126,7 @@ def _queries(stack: Stack, name: str, batch_id: str) -> float:
     }
     done = subprocess.run(
         [sys.executable, "-c", _COUNT, name, stack.key, batch_id],
-        env=os.environ | variables,
+        env=os.environ | RATE_LIMITS | variables,
         cwd=stacks.ROOT,
         capture_output=True,
         text=True,

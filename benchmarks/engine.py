@@ -37,7 +37,7 @@ OPTIONS = [
 def run() -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
-        model = _tiny_model(folder / "models")
+        model = tiny_model(folder / "models")
         ours, theirs = [], []
         for at in range(PAIRS):
             theirs.append(_run_batch(folder, model))
@@ -53,7 +53,7 @@ def run() -> dict[str, float]:
         }
 
 
-def _tiny_model(folder: Path) -> Path:
+def tiny_model(folder: Path) -> Path:
     maker = stacks.ROOT / "examples" / "make_tiny_models.py"
     subprocess.run([sys.executable, str(maker), str(folder)], check=True, stdout=subprocess.DEVNULL)
     return folder / MODEL

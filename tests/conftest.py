@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -13,14 +13,19 @@ from django.conf import settings as django_settings
 from django.test import Client
 from django_scopes import scope
 
-from accounts import services
 from accounts.access import Caller
 from accounts.models import Membership, Organization, Project, Role, User
 from accounts.queries import caller_of_user
+from accounts.services import keys, organizations
 from batches import wakeups
+from batches.services import leases
 from models_registry.models import Model
 from models_registry.services import register_model
+from portal.storage_url import store_of
 from tests import stack as stacks
+
+if TYPE_CHECKING:  # it takes seconds to import, and few tests need it
+    from tests.s3 import Bucket, S3Server
 
 PASSWORD = "correct horse 9 battery"
 
@@ -57,9 +62,15 @@ class Person:
         return client
 
 
+@pytest.fixture(autouse=True)
+def _forgotten_looks() -> None:
+    """What a worker saw of the queue in one test is not what it sees in the next."""
+    leases._last_looks.clear()
+
+
 @pytest.fixture
 def acme(db: None) -> Organization:
-    organization, _ = services.create_organization(
+    organization, _ = organizations.create_organization(
         name="Acme", owner_email="owner@acme.test", password=PASSWORD
     )
     return organization
@@ -67,7 +78,7 @@ def acme(db: None) -> Organization:
 
 @pytest.fixture
 def globex(db: None) -> Organization:
-    organization, _ = services.create_organization(
+    organization, _ = organizations.create_organization(
         name="Globex", owner_email="stranger@globex.test", password=PASSWORD
     )
     return organization
@@ -86,6 +97,16 @@ def teammate(acme: Organization) -> Person:
 @pytest.fixture
 def viewer(acme: Organization) -> Person:
     return _joined("viewer@acme.test", acme, Role.VIEWER)
+
+
+@pytest.fixture
+def admin(acme: Organization) -> Person:
+    return _joined("admin@acme.test", acme, Role.ADMIN)
+
+
+@pytest.fixture
+def reviewer(acme: Organization) -> Person:
+    return _joined("reviewer@acme.test", acme, Role.REVIEWER)
 
 
 @pytest.fixture
@@ -125,9 +146,39 @@ def own_storage(tmp_path: Path, settings: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    from tests.s3 import S3Server
+
+    server = S3Server()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(
+    s3_server: S3Server, tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> Bucket:
+    """A storage of the test's own in an empty bucket."""
+    from tests.s3 import CREDENTIALS
+
+    made = s3_server.bucket()
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    store = store_of(made.url, tmp_path)
+    store.spool.mkdir()
+    settings.FILE_UPLOAD_TEMP_DIR = store.spool
+    default = {"BACKEND": store.backend, "OPTIONS": store.options}
+    settings.STORAGES = settings.STORAGES | {"default": default}
+    made.asked()
+    return made
+
+
+@pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stacks.Stack]:
     """A whole running portal with the model `echo`; for tests that do not kill its parts."""
-    with stacks.running(tmp_path_factory.mktemp("stack")) as running:
+    receivers = {"WEBHOOK_PRIVATE_HOSTS": "127.0.0.1"}
+    with stacks.running(tmp_path_factory.mktemp("stack"), **receivers) as running:
         running.instant("echo")
         yield running
 
@@ -144,5 +195,5 @@ def _person(user: User, organization: Organization) -> Person:
     assert caller is not None
     with scope(organization=organization):
         project = Project.objects.get()
-    _, key = services.create_api_key(project=project, name=user.email, created_by=user)
+    _, key = keys.create_api_key(project=project, name=user.email, created_by=user)
     return Person(user, caller, key)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
+import pytest
 from django.core.files.storage import default_storage
 from django.db import connection
 from django.db.models import F
 from django_scopes import scopes_disabled
 
 from accounts.access import Caller
+from accounts.services import audit
 from batches import storage
 from batches.models import Batch, Chunk, File, Result
 from batches.models.batches import ChunkState
@@ -155,9 +157,14 @@ def custom_ids(file: File | None) -> list[str]:
 
 def kept() -> set[str]:
     """The names of everything in the storage, but for what is on its way in."""
-    root = Path(default_storage.path(""))
-    found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    return {name for name in found if not name.startswith("incoming/")}
+    return {name for name in _below("") if not name.startswith("incoming/")}
+
+
+def _below(folder: str) -> Iterator[str]:
+    folders, names = default_storage.listdir(folder)
+    yield from (f"{folder}{name}" for name in names)
+    for each in folders:
+        yield from _below(f"{folder}{each}/")
 
 
 def together(*calls: Callable[[], T]) -> list[T | Exception]:
@@ -180,6 +187,35 @@ def together(*calls: Callable[[], T]) -> list[T | Exception]:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     return found  # type: ignore[return-value]
+
+
+def crossing(
+    monkeypatch: pytest.MonkeyPatch, first: Callable[[], T], second: Callable[[], T]
+) -> list[T | Exception]:
+    """Run two services at once, the second up to its audit while the first has written its own.
+
+    Whoever still needs a row then that the other has locked waits for ever, but for the database.
+    """
+    real, meeting, running = audit.record, threading.Barrier(2), threading.local()
+
+    def meet() -> None:
+        with suppress(threading.BrokenBarrierError):  # the other waits for a lock, as it should
+            meeting.wait(1)
+
+    def record(*args: Any, **options: Any) -> Any:
+        if running.is_first:
+            event = real(*args, **options)
+            meet()
+            return event
+        meet()
+        return real(*args, **options)
+
+    def run(call: Callable[[], T], is_first: bool) -> T:
+        running.is_first = is_first
+        return call()
+
+    monkeypatch.setattr(audit, "record", record)
+    return together(lambda: run(first, True), lambda: run(second, False))
 
 
 def wait_for(condition: Callable[[], T], seconds: float = 60) -> T:

@@ -20,6 +20,7 @@ import psutil
 from openai import OpenAI
 
 from portal import embedded, supervisor
+from tests.generous import RATE_LIMITS
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
@@ -49,13 +50,17 @@ class Stack:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=_environment(self.data_dir),
+            env=self.variables(),
             input=stdin.encode(),
             capture_output=True,
             timeout=120,
         )
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout.decode().strip()
+
+    def variables(self) -> dict[str, str]:
+        """The environment for commands and workers that join it."""
+        return _environment(self.data_dir)
 
     def instant(self, name: str = "echo", **engine_args: Any) -> str:
         """Register an instant model; returns its name."""
@@ -135,7 +140,7 @@ def pause(seconds: float) -> None:
 
 def _environment(data_dir: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in _OF_THE_TESTS}
-    return kept | {"DATA_DIR": str(data_dir), "LOG_FORMAT": "json"}
+    return RATE_LIMITS | kept | {"DATA_DIR": str(data_dir), "LOG_FORMAT": "json"}
 
 
 def wait_for(look: Callable[[], T], *, seconds: float = 120, pause: float = 0.1) -> T:

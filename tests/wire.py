@@ -77,7 +77,7 @@ def error_of(response: HttpResponse) -> dict[str, Any]:
     return dict(body["error"])
 
 
-TYPES = {401: "authentication_error", 403: "permission_error"}
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def assert_refused(

@@ -1,14 +1,22 @@
-"""Organizations of the conformance tests' own, on the shared running portal."""
+"""Organizations of the conformance tests' own, on the shared running portal; and the Node SDK."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import pytest
 from openai import OpenAI
 
 from tests.stack import Stack
+
+HERE = Path(__file__).parent
+NEEDS_NODE = pytest.mark.skipif(
+    shutil.which("npm") is None, reason="node and npm are not installed"
+)
 
 
 @dataclass
@@ -52,3 +60,17 @@ def outsider(stack: Stack) -> Tenant:
     made = tenant_of(stack, "outsider")
     made.client.files.create(file=("theirs.jsonl", b"{}\n"), purpose="batch")
     return made
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with our scripts and the pinned SDK, installed as a user would; no lockfile."""
+    folder = tmp_path_factory.mktemp("node")
+    for each in (HERE / "package.json", *HERE.glob("*.mjs")):
+        shutil.copy(each, folder)
+    options = ["--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error"]
+    done = subprocess.run(
+        ["npm", "install", *options], cwd=folder, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

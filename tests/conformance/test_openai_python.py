@@ -268,8 +268,13 @@ def test_a_model_that_is_not_offered_fails_the_batch(client: OpenAI, stack: Stac
 def test_a_cancelled_batch_answers_for_every_line(client: OpenAI, stack: Stack) -> None:
     model = stack.instant("slowly", delay_ms=2_000, concurrency=2)
     batch = send(client, lines(200, model))
-    wait_for(lambda: client.batches.retrieve(batch.id).status == "in_progress")
-    assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
+    assert batch.queue is None
+    queue = wait_for(lambda: client.batches.retrieve(batch.id).queue)
+    assert set(queue) == {"position", "reason", "estimated_start_at", "estimated_completion_at"}
+    assert str(queue["reason"]).startswith(("waiting: ", "running on "))
+    cancelled = client.batches.cancel(batch.id)
+    assert cancelled.status in ("cancelling", "cancelled")
+    assert cancelled.queue is None
     ended = finished(client, batch.id)
     found = answers(client, ended.output_file_id) + answers(client, ended.error_file_id)
     assert (ended.status, ended.request_counts.total) == ("cancelled", 200)

@@ -189,6 +189,21 @@ def test_a_form_without_a_length_is_refused(raw: Tenant) -> None:
     assert refused(exchange(raw, b"")) == (411, None, "length_required")
 
 
+@pytest.mark.parametrize(
+    ("path", "header", "status"),
+    [
+        (f"/v1/files?after={'x' * 9000}", "X-Some: thing", 414),
+        ("/v1/files", f"X-Some: {'x' * 9000}", 431),
+        ("/v1/files", "X Some: thing", 400),
+    ],
+)
+def test_what_the_server_itself_refuses_comes_in_the_envelope(
+    raw: Tenant, path: str, header: str, status: int
+) -> None:
+    answer = exchange(raw, b"", header, path=path, method="GET")
+    assert refused(answer) == (status, None, "invalid_request")
+
+
 def test_an_answer_to_head_has_no_body(raw: Tenant) -> None:
     status, headers, content = exchange(raw, b"", path="/v1/files", method="HEAD")
     assert (status, content, set(headers["allow"].split(", "))) == (405, b"", {"GET", "POST"})

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import orjson
 import psutil
 import psycopg
 import pytest
+from openai import OpenAI
 
 from tests import stack as stacks
+from tests.machines import machine
 from tests.stack import Stack, answers, finished, send, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
@@ -93,6 +96,65 @@ def test_three_models_in_three_batches_are_swapped_and_all_answered(portal: Stac
     sizes = {len(body["data"][0]["embedding"]) for body in _bodies(portal, ended[2])}
     assert len(sizes) == 1
     assert _loads(portal) - before >= 2
+
+
+def test_four_batches_of_two_models_from_three_tenants_share_two_workers(
+    portal: Stack, tmp_path: Path
+) -> None:
+    """Each line is answered once, by its own model; each swap was decided, and the log says why."""
+    clients = [portal.client(), _tenant(portal, "Globex"), _tenant(portal, "Initech")]
+    wanted = [(0, CHAT), (1, OTHER), (2, CHAT), (0, OTHER)]
+    at_gpu0 = (portal.data_dir / "serve.log").stat().st_size
+    before = _loads(portal)
+    with machine(portal, tmp_path, "far", LEASE_SECONDS="10") as far:
+        wait_for(lambda: far.has_said("ready."), seconds=300)
+        sent = [
+            (clients[whose], model, send(clients[whose], _lines(*_forty(model))))
+            for whose, model in wanted
+        ]
+        for client, model, batch in sent:
+            ended = finished(client, batch.id, seconds=400)
+            assert (ended.status, ended.request_counts.completed) == ("completed", 40)
+            found = answers(client, ended.output_file_id)
+            assert [line["custom_id"] for line in found] == [f"request-{at}" for at in range(40)]
+            assert {line["response"]["body"]["model"] for line in found} == {model}
+        model_of = {batch.id: model for _, model, batch in sent}
+        stories = [_story(portal.data_dir / "serve.log", at_gpu0), _story(far.log)]
+        swaps = [len(_swaps(story, model_of)) for story in stories]
+        # Workers tell of their loads with their next heartbeat.
+        wait_for(lambda: [_loads(portal) - before, _loads(portal, "far")] == swaps)
+    assert {model for story in stories for model in _swaps(story, model_of)} == {CHAT, OTHER}
+    leased = [event["batch_id"] for story in stories for event in story if "batch_id" in event]
+    assert sorted(leased) == sorted(model_of)
+    assert all(any("batch_id" in event for event in story) for story in stories)
+
+
+def _tenant(portal: Stack, name: str) -> OpenAI:
+    slug, owner = name.lower(), f"owner@{name.lower()}.test"
+    portal.manage("create_org", name, "--owner", owner, stdin="correct horse 9 battery")
+    return portal.client(portal.manage("create_api_key", "--org", slug, "--name", "tests"))
+
+
+def _forty(model: str) -> list[dict[str, Any]]:
+    return [_chat(model, f"words {at}") for at in range(40)]
+
+
+def _story(log: Path, since: int = 0) -> list[dict[str, Any]]:
+    """What a worker's log says of leases and loads, from this byte on."""
+    lines = log.read_bytes()[since:].splitlines()
+    events = [orjson.loads(line) for line in lines if line.startswith(b"{")]
+    return [event for event in events if event["event"] in ("leased", "model loaded")]
+
+
+def _swaps(story: list[dict[str, Any]], model_of: dict[str, str]) -> list[str]:
+    """The models that were loaded, each right after a lease for it that says why it is swapped."""
+    found = []
+    for lease, load in pairwise(story):
+        if load["event"] == "model loaded":
+            assert model_of[lease["batch_id"]] == load["model"]
+            assert (lease["reason"], load["model"] in lease["why"]) == ("dry", True), lease
+            found.append(load["model"])
+    return found
 
 
 def test_trap_01_a_requests_own_parameters_are_honoured(portal: Stack) -> None:
@@ -222,8 +284,9 @@ def _engine_pids(stack: Stack) -> list[int]:
     return [each["pid"] for each in orjson.loads(ledger.read_bytes())]
 
 
-def _loads(stack: Stack) -> int:
+def _loads(stack: Stack, worker: str = "gpu0") -> int:
     """How many models the worker has loaded in this life."""
+    query = "SELECT swaps FROM worker_worker WHERE name = %s"
     with psycopg.connect(stack.services.database_url) as database:
-        row = database.execute("SELECT swaps FROM worker_worker WHERE name = 'gpu0'").fetchone()
+        row = database.execute(query, [worker]).fetchone()
     return int(row[0]) if row else 0
