@@ -10,7 +10,6 @@ from accounts.access import Caller
 from accounts.authentication import caller_of
 from accounts.models import Project
 from accounts.paging import ends
-from batches import queries
 from batches.handler_schemas import (
     HandlerChange,
     HandlerDeleted,
@@ -24,6 +23,7 @@ from batches.handler_schemas import (
 )
 from batches.handlers import registry
 from batches.models import Batch, HandlerRun, ResultHandler
+from batches.queries import handlers as queries
 from batches.services import handler_runs, handlers
 
 router = Router(tags=["Result handlers"])

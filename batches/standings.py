@@ -21,11 +21,11 @@ from django.utils import timezone
 from django_scopes import scopes_disabled
 
 from accounts.models import Organization
-from batches import queries
 from batches.models import Batch
 from batches.models.batches import Priority, Status
 from batches.outlook import explain
 from batches.policy import Candidate, Reason, work_of
+from batches.queries import queue as queries
 from models_registry.models import Model
 from models_registry.queries import private_models, unloadable_models
 

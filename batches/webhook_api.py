@@ -14,9 +14,9 @@ from accounts.authentication import caller_of
 from accounts.errors import ApiError
 from accounts.models import Project
 from accounts.paging import ends, page_of
-from batches import queries
 from batches.models import WebhookDelivery, WebhookEndpoint
 from batches.models.events import EventType
+from batches.queries import webhooks as queries
 from batches.services import deliveries, webhooks
 from batches.webhook_schemas import (
     Changed,

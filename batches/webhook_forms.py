@@ -10,9 +10,9 @@ from django.db.models import QuerySet
 from django.utils.html import format_html
 
 from accounts.models import Project
-from batches import queries
 from batches.models import WebhookDelivery, WebhookEndpoint
 from batches.models.events import DeliveryState, EventType
+from batches.queries import webhooks as queries
 from batches.services.webhooks import OF_BATCHES, OF_BATCHES_ENDS
 
 ALL_PROJECTS = ""

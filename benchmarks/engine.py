@@ -24,7 +24,7 @@ from tests.stack import Stack
 REQUESTS, OUTPUT_TOKENS, WORDS = 2_000, 32, 45
 PAIRS = int(os.environ.get("BENCH_PAIRS", "2"))
 MODEL = "tiny-chat-a"
-# What our engine gives vLLM on a CPU, given to run_batch as well; see worker/engines/vllm.py.
+# What our engine gives vLLM on a CPU, given to run_batch as well; see worker/engines/vllm/options.py.
 OPTIONS = [
     "--dtype=float32",
     "--enforce-eager",

@@ -14,7 +14,7 @@ from accounts.access import Caller
 from accounts.models import HourlyUse
 from accounts.pages import STOP_POLLING, PageRequest, page
 from batches.models import Batch
-from batches.queries import dead_letters
+from batches.queries.webhooks import dead_letters
 from batches.views.batches import Row
 from models_registry.models import Task
 from models_registry.queries import offered_to

@@ -5,7 +5,7 @@ class WorkerConfig(AppConfig):
     name = "worker"
 
     def ready(self) -> None:
-        from batches.queries import see_workers_with
+        from batches.queries.queue import see_workers_with
         from models_registry.queries import see_gpus_with
         from worker.queries import alive, gpu_kinds
 

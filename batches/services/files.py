@@ -20,9 +20,10 @@ from accounts.access import Caller
 from accounts.errors import BadRequest, TooLarge
 from accounts.models import ApiKey, Organization, Project, User
 from accounts.services import audit, quotas
-from batches import queries, storage
+from batches import storage
 from batches.models import Batch, File, UploadPart
 from batches.models.files import MOST_DAYS, Purpose, UploadStatus, file_id
+from batches.queries import files as queries
 from batches.services import events
 from batches.storage import StorageAway
 

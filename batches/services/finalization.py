@@ -16,12 +16,13 @@ from django_scopes import scopes_disabled
 
 from accounts.ids import new_id
 from accounts.services import quotas
-from batches import index, places, queries, storage
+from batches import index, places, storage
 from batches.error_kinds import Tally
 from batches.locks import only_one
 from batches.models import Backlog, Batch, Chunk, File, Result
 from batches.models.batches import ChunkState, Status
 from batches.models.files import Purpose
+from batches.queries import batches as queries
 from batches.services import events, files, handler_runs, progress
 from batches.services.files import Kept
 

@@ -24,12 +24,13 @@ from django_scopes import scope, scopes_disabled
 from accounts.access import Caller
 from accounts.errors import BadRequest, NotFound
 from accounts.services import audit
-from batches import queries, wakeups
+from batches import wakeups
 from batches.handlers.results import HandlerFailed, Results
 from batches.locks import in_turn
 from batches.models import Batch, HandlerRun
 from batches.models.batches import Status
 from batches.models.handlers import RunState
+from batches.queries import handlers as queries
 from batches.storage import StorageAway
 
 logger = structlog.get_logger(__name__)

@@ -19,10 +19,11 @@ from django.db import connection, transaction
 from django.utils import timezone
 from django_scopes import scopes_disabled
 
-from batches import policy, queries, wakeups
+from batches import policy, wakeups
 from batches.locks import in_turn
 from batches.models import Backlog, Batch, Suspect
 from batches.models.batches import ChunkState, Status
+from batches.queries import queue as queries
 from batches.services import events
 
 logger = structlog.get_logger(__name__)

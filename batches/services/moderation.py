@@ -17,7 +17,7 @@ from accounts.models import Organization, User
 from accounts.services import audit
 from batches.models import Batch, Moderation
 from batches.models.batches import HeldWhy
-from batches.queries import moderation_of
+from batches.queries.operators import moderation_of
 from models_registry.models import Model
 
 MOST_TOKENS, MOST_DAYS = 10**15, 36_500

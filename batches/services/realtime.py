@@ -26,8 +26,9 @@ from redis.retry import Retry
 from accounts.access import Caller
 from accounts.errors import Unavailable
 from accounts.services import quotas
-from batches import lane, queries, wakeups
+from batches import lane, wakeups
 from batches.lane import Frame, Loading, Request
+from batches.queries import queue as queries
 from models_registry.models import Model
 from models_registry.queries import prices_of
 

@@ -11,10 +11,11 @@ from django.utils import timezone
 from django_scopes import scopes_disabled
 
 from accounts.services import expired_tokens, quotas
-from batches import queries, standings, storage, wakeups
+from batches import standings, storage, wakeups
 from batches.lines import BadLine
 from batches.models import Batch, IdempotencyKey
 from batches.models.batches import ChunkState, Status
+from batches.queries import batches as queries
 from batches.services import (
     checks,
     deliveries,

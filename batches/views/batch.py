@@ -28,11 +28,13 @@ from accounts.models import AuditEvent, Reservation
 from accounts.pages import STOP_POLLING, PageRequest, page, sent
 from accounts.services.quotas import Prices
 from accounts.views.usage import money
-from batches import error_kinds, queries
+from batches import error_kinds
 from batches.error_kinds import Kind, Tally
 from batches.forms.batches import CloneForm
 from batches.models import Batch, Chunk
 from batches.models.batches import Priority, Status
+from batches.queries import batches as queries
+from batches.queries.handlers import result_handlers
 from batches.services import reruns
 from batches.views.batches import LOOKS, Row
 from batches.views.handlers import runs_of
@@ -253,7 +255,7 @@ def batch_detail(request: PageRequest, caller: Caller, batch_id: str) -> HttpRes
     detail = of(caller, batch_id)
     ctx = {"row": detail, "batch": detail.batch, "tab": "overview"}
     if not request.htmx:
-        if caller.may("webhooks.read") and queries.result_handlers():
+        if caller.may("webhooks.read") and result_handlers():
             ctx |= {"handlers": True, **runs_of(detail.batch)}
         return render(request, "batches/batch.html", ctx)
     status = STOP_POLLING if detail.batch.is_finished else 200

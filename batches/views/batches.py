@@ -23,10 +23,11 @@ from accounts.access import Caller
 from accounts.errors import BadRequest
 from accounts.models import ApiKey, Membership, Project
 from accounts.pages import STOP_POLLING, PageRequest, page
-from batches import queries, standings
+from batches import standings
 from batches.forms.batches import BatchFilterForm
 from batches.models import Batch, File
 from batches.models.batches import NEXT, Status
+from batches.queries import batches as queries
 from batches.services import batches
 from batches.standings import Standing
 from models_registry.queries import offered_to

@@ -24,12 +24,13 @@ from accounts import access, throttling
 from accounts.access import Caller
 from accounts.errors import ApiError, BadRequest
 from accounts.pages import PageRequest, page, sent
-from batches import queries, standings, tables
+from batches import standings, tables
 from batches.forms.create import BatchForm, RecipeForm, recipe_to_begin_with
 from batches.forms.files import UploadForm
 from batches.models import File, FileCheck
 from batches.models.batches import Priority
 from batches.models.files import Purpose
+from batches.queries import files as queries
 from batches.services import batches, checks, conversions
 from batches.standings import Standing
 from batches.views.uploading import by_script, kept, refused, sent_on, takes_a_file

@@ -23,11 +23,12 @@ from accounts.errors import ApiError, BadRequest
 from accounts.forms.last_day import end_of
 from accounts.pages import PageRequest, page, sent
 from accounts.paging import page_of
-from batches import downloads, previews, queries
+from batches import downloads, previews
 from batches.forms.files import ExpiryForm, FilterForm, UploadForm
 from batches.models import Batch, File, FileCheck
 from batches.models.batches import UNFINISHED
 from batches.models.files import Purpose
+from batches.queries import files as queries
 from batches.services import files
 from batches.tables import is_table
 from batches.views.uploading import by_script, kept, refused, sent_on, takes_a_file

@@ -14,9 +14,9 @@ from django_scopes import scopes_disabled
 from accounts.models import Organization, User
 from accounts.pages import PageRequest, operator_page, organization_or_404, sent
 from accounts.services import audit
-from batches import queries
 from batches.forms.queue import ModerationForm
 from batches.models import Moderation
+from batches.queries import operators as queries
 from batches.services import halts
 from batches.services.moderation import follow_platform, set_moderation
 from models_registry.models import Model

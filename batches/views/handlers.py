@@ -15,10 +15,10 @@ from accounts.access import Caller
 from accounts.errors import ApiError, BadRequest
 from accounts.models import Project
 from accounts.pages import STOP_POLLING, PageRequest, page, sent
-from batches import queries
 from batches.handler_forms import BEFORE, HandlerForm
 from batches.handlers import registry
 from batches.models import Batch, HandlerRun, ResultHandler
+from batches.queries import handlers as queries
 from batches.services import handler_runs, handlers
 
 

@@ -21,7 +21,7 @@ from accounts.errors import ApiError, BadRequest, NotFound
 from accounts.pages import PageRequest, page, sent
 from accounts.services.quotas import Prices
 from batches.forms.models import TryForm
-from batches.queries import Whereabouts, whereabouts
+from batches.queries.queue import Whereabouts, whereabouts
 from batches.services import trying
 from batches.services.validation import ENDPOINTS
 from models_registry.fit import context_of

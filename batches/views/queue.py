@@ -25,7 +25,7 @@ from django_scopes import scopes_disabled
 from accounts.models import Organization, User
 from accounts.pages import PageRequest, operator_page, sent
 from accounts.services import audit
-from batches import queries, standings
+from batches import standings
 from batches.forms.queue import (
     DeadlineForm,
     NoFieldsForm,
@@ -35,6 +35,7 @@ from batches.forms.queue import (
     RejectForm,
 )
 from batches.models.batches import Status
+from batches.queries import operators as queries
 from batches.services import queue
 from batches.standings import Standing
 from models_registry.models import Model

@@ -9,8 +9,8 @@ from django.views.decorators.http import require_http_methods
 
 from accounts.access import Caller
 from accounts.pages import PageRequest, page, sent
-from batches import queries
 from batches.forms.files import RetentionForm
+from batches.queries import files as queries
 from batches.services.retention import GRACE, set_retention
 
 

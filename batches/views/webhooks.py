@@ -30,9 +30,9 @@ from accounts.pages import PageRequest, operator_page, page, require_valid, sent
 from accounts.paging import page_of
 from accounts.services import audit
 from accounts.views.keys import tell
-from batches import queries
 from batches.models import WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from batches.models.events import DeliveryState
+from batches.queries import webhooks as queries
 from batches.services import deliveries
 from batches.services import webhooks as service
 from batches.webhook_forms import (

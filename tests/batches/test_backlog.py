@@ -21,9 +21,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from batches import policy, queries
+from batches import policy
 from batches.models import Backlog, Batch, Chunk
 from batches.models.batches import ChunkState, Status
+from batches.queries import queue as queries
 from batches.services import leases
 from batches.services.finalization import finalize_batch
 from batches.services.leases import Lease, LeaseLost

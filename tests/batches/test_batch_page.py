@@ -19,9 +19,10 @@ from django.utils import timezone
 from django_scopes import scopes_disabled
 
 from accounts.services import audit
-from batches import queries, results, storage
+from batches import results, storage
 from batches.models import Batch, Chunk, Sample
 from batches.models.batches import NEXT, Status
+from batches.queries import batches as queries
 from batches.services import batches, files, leases, progress
 from batches.services.finalization import finalize_batch
 from batches.services.leases import Outcome

@@ -23,9 +23,9 @@ from django_scopes import scopes_disabled
 
 from accounts.models import ApiKey, User
 from accounts.services import projects
-from batches import queries
 from batches.models import Batch, File
 from batches.models.batches import NEXT, Status
+from batches.queries import batches as queries
 from batches.services import batches, files
 from batches.views import batches as views
 from models_registry.models import Change, Model

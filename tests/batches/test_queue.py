@@ -14,8 +14,9 @@ from django_scopes import scopes_disabled
 
 from accounts.models import Organization
 from accounts.services import organizations
-from batches import policy, queries
+from batches import policy
 from batches.models import Backlog, Share
+from batches.queries import queue as queries
 from batches.services import batches, leases
 from batches.services.leases import Lease
 from models_registry.models import Change, Measurement, Model

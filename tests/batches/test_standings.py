@@ -14,9 +14,10 @@ from django.utils import timezone
 from django_scopes import scopes_disabled
 
 from accounts.services import organizations
-from batches import queries, standings
+from batches import standings
 from batches.models import Backlog, Batch
 from batches.models.batches import Status
+from batches.queries import queue as queries
 from batches.services import batches, leases
 from batches.services.sweep import sweep
 from models_registry.models import Change

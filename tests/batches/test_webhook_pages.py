@@ -16,9 +16,9 @@ from django_scopes import scopes_disabled
 from pytest_httpserver import HTTPServer
 
 from accounts.models import AuditEvent, User
-from batches import queries
 from batches.models import Event, WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from batches.models.events import EventType
+from batches.queries import webhooks as queries
 from batches.services import deliveries, events, webhooks
 from tests.conftest import Person
 

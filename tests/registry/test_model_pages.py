@@ -18,8 +18,9 @@ from django.test.utils import CaptureQueriesContext
 from django_scopes import scopes_disabled
 
 from accounts.models import Quota, Reservation
-from batches import lane, policy, queries
+from batches import lane, policy
 from batches.lane import Request
+from batches.queries import queue as queries
 from models_registry.fit import context_of
 from models_registry.models import Measurement, Model
 from models_registry.services import note_failure, register_model

@@ -15,10 +15,11 @@ import pytest
 from django.db import OperationalError, connection
 from django_scopes import scopes_disabled
 
-from batches import policy, queries, storage
+from batches import policy, storage
 from batches.models import Batch, Chunk, Suspect
 from batches.models.batches import Status
 from batches.outlook import explain
+from batches.queries import queue as queries
 from batches.services import batches, leases, queue
 from batches.services.finalization import finalize_batch
 from models_registry.models import Measurement, Model

@@ -35,7 +35,8 @@ from worker.engines.base import (
     Usage,
 )
 from worker.engines.ladder import Ladder, named
-from worker.engines.vllm import VllmEngine, _knows_sleep
+from worker.engines.vllm.engine import VllmEngine
+from worker.engines.vllm.options import knows_sleep
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -768,7 +769,7 @@ def test_sleep_mode_is_refused_here_and_only_asked_for_where_it_is_to_be_had(hos
     host.clear()
     said = failure_of(host, engine_args=ARGS | {"enable_sleep_mode": True})
     assert said.endswith("Sleep mode is not supported on current platform.")
-    assert not _knows_sleep()
+    assert not knows_sleep()
 
 
 def test_a_failure_inside_the_engine_process_says_why(host: Host) -> None:

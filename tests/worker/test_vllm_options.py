@@ -10,9 +10,9 @@ import pytest
 
 from models_registry.profiles import PROFILES, engine_args
 from tests.worker.nvml import Card, FakeDriver, install
-from worker.engines import vllm
 from worker.engines.base import ModelSpec
-from worker.engines.vllm import VllmEngine
+from worker.engines.vllm import options
+from worker.engines.vllm.engine import VllmEngine
 
 KNOWN = {
     f"--{name}": argparse.Action([], "", nargs=None)
@@ -23,11 +23,11 @@ SMALL = engine_args(12_288)
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "_on_cpu", lambda: False)
+    monkeypatch.setattr(options, "on_cpu", lambda: False)
 
 
 def words(usual: dict[str, Any], **fields: Any) -> list[str]:
-    return vllm._words(ModelSpec("m", "source", **fields), usual, KNOWN)[2:]
+    return options.words(ModelSpec("m", "source", **fields), usual, KNOWN)[2:]
 
 
 def test_the_gpus_defaults_are_told(on_gpu: None) -> None:
@@ -60,7 +60,7 @@ def test_an_engine_has_the_defaults_of_its_gpu(
 
 
 def test_without_a_gpu_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "_on_cpu", lambda: True)
+    monkeypatch.setattr(options, "on_cpu", lambda: True)
     install(monkeypatch, FakeDriver(Card()))
     assert VllmEngine(ModelSpec("m", "source"), gpu="0")._usual_options() == {}
 
@@ -89,7 +89,7 @@ def test_every_profiles_arguments_are_ones_that_vllm_takes(
         spec = ModelSpec(name, str(tiny_models[name]), task=task)
         for profile in PROFILES:
             usual = engine_args(profile.memory)
-            args = AsyncEngineArgs.from_cli_args(vllm._parse(spec, usual))
+            args = AsyncEngineArgs.from_cli_args(options.parsed(spec, usual))
             config = args.create_engine_config(UsageContext.LLM_CLASS)
             told = {
                 "gpu-memory-utilization": config.cache_config.gpu_memory_utilization,

@@ -8,7 +8,7 @@ from worker.engines.base import Engine, LoadFailed, ModelSpec
 def make(spec: ModelSpec, gpu: str | None) -> Engine:
     """An engine for the model, not loaded yet; what it needs is imported only when it is used."""
     if spec.engine == "vllm":
-        from worker.engines.vllm import VllmEngine
+        from worker.engines.vllm.engine import VllmEngine
 
         return VllmEngine(spec, gpu=gpu)
     if spec.engine == "openai":

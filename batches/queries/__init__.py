@@ -1,0 +1,1 @@
+"""Every read beyond one line, by what it is of."""
