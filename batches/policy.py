@@ -26,11 +26,12 @@ A decision has two steps, and each has one idea.
 2. **Which batch of that model?** A batch past its patience; else one that an operator moved to the
    front (which brings a worker to its model as a late one does, until it has had a chunk); else,
    when the deadlines need most of the model's workers, the one with the earliest deadline; else the
-   highest class, in it the organization that is least ahead, and of its batches the oldest. An organization is ahead by
-   its served GPU seconds divided by its weight: the counters of deficit round robin (Shreedhar and
-   Varghese, 1995), which forget half in a quarter of an hour (as in Kay and Lauder, "A fair share scheduler",
-   1988), so that nobody saves up for a day nor pays for one. What GPU seconds are: tokens by the
-   model's own speed on its fastest kind, so that a token of a large model counts for more.
+   highest class, in it the organization that is least ahead, and of its batches the oldest. An
+   organization is ahead by its served GPU seconds divided by its weight: the counters of deficit
+   round robin (Shreedhar and Varghese, 1995), which forget half in a quarter of an hour (as in Kay
+   and Lauder, "A fair share scheduler", 1988), so that nobody saves up for a day nor pays for one.
+   What GPU seconds are: tokens by the model's own speed on its fastest kind, so that a token of a
+   large model counts for more.
 """
 
 from __future__ import annotations
