@@ -389,26 +389,20 @@ def ranking(since: date, until: date, by: str, *, most: int) -> list[Ranked]:
             cost=Sum("cost"),
             gpu_seconds=Sum("gpu_seconds"),
         )
-        by_organization = rows.values("organization_id", "organization__name", "organization__slug")
-        its: QuerySet[Any, Any] = by_organization.annotate(
+        # By id alone: grouped by names as well, PostgreSQL would sort every record by them first.
+        its: QuerySet[Any, Any] = rows.values("organization_id").annotate(
             all_requests=Sum("requests"),
             tokens=Sum(F("input_tokens") + F("output_tokens")),
             all_seconds=Sum("gpu_seconds"),
             all_cost=Sum("cost"),
         )
         order = {"tokens": "-tokens", "cost": "-all_cost", "gpu": "-all_seconds"}[by]
-        found = [
-            Ranked(*row)
-            for row in its.order_by(order, "organization_id").values_list(
-                "organization_id",
-                "organization__name",
-                "organization__slug",
-                "all_requests",
-                "tokens",
-                "all_seconds",
-                "all_cost",
-            )[:most]
-        ]
+        numbers = ("all_requests", "tokens", "all_seconds", "all_cost")
+        first = list(
+            its.order_by(order, "organization_id").values_list("organization_id", *numbers)[:most]
+        )
+        named = Organization.objects.in_bulk([row[0] for row in first])
+    found = [Ranked(id, named[id].name, named[id].slug, *used) for id, *used in first]
     whole = float(every[RANKS[by]] or 0)
     return [
         replace(row, share=float(getattr(row, RANKS[by])) / whole if whole else 0.0)

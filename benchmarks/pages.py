@@ -299,6 +299,7 @@ def _fill(stack: Stack) -> dict[str, str]:
         for statement in SEED:
             database.execute(statement, sizes)  # type: ignore[arg-type]
         database.execute("VACUUM ANALYZE")
+        database.execute("CHECKPOINT")  # or pages would share the disk with all that was written
         found = database.execute("SELECT id FROM accounts_organization WHERE slug = 'acme'")
         ((organization,),) = found.fetchall()
         mine = "SELECT count(*) FROM batches_batch WHERE organization_id = %s"

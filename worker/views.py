@@ -20,7 +20,7 @@ from worker import queries, services
 from worker.models import Health, Worker, WorkerState
 from worker.queries import Running, Swaps
 
-PAGE_SIZE = 50
+PAGE_SIZE = 24
 LOOKS: Mapping[str, tuple[str, str]] = {
     WorkerState.STARTING: ("azure", "Starting"),
     WorkerState.IDLE: ("secondary", "Idle"),

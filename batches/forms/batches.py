@@ -10,6 +10,7 @@ from django import forms
 from django.db.models import Q
 
 from accounts.errors import BadRequest
+from accounts.forms.long_select import LongSelect
 from accounts.ids import first_id
 from batches import windows
 from batches.models.batches import UNFINISHED, Priority, Status
@@ -32,8 +33,8 @@ class BatchFilterForm(forms.Form):
     )
     model = forms.ChoiceField(required=False)
     project = forms.ChoiceField(required=False)
-    user = forms.ChoiceField(required=False, label="Person")
-    key = forms.ChoiceField(required=False, label="API key")
+    user = forms.ChoiceField(required=False, label="Person", widget=LongSelect)
+    key = forms.ChoiceField(required=False, label="API key", widget=LongSelect)
     since = forms.DateField(label="From", required=False, widget=forms.DateInput({"type": "date"}))
     until = forms.DateField(label="To", required=False, widget=forms.DateInput({"type": "date"}))
     metadata = forms.CharField(

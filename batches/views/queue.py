@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
+from urllib.parse import quote
 
 from django import forms
 from django.contrib import messages
@@ -177,6 +178,7 @@ def operator_queue(request: PageRequest, user: User) -> HttpResponseBase:
         "previous": number - 1 if number > 1 else None,
         "next": number + 1 if number * PAGE_SIZE < total else None,
         "query": query.urlencode(),
+        "back": quote(query.urlencode(), safe=""),
         "actions": ACTIONS.items(),
         "undo": _undo_of(request),
     }
