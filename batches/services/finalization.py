@@ -34,6 +34,7 @@ KINDS = ("output", "errors")
 PLACES = "places"
 """Beside the two files: where in them each line's answer lies."""
 _RESULTS_A_FETCH = 100
+_RELATED = ("organization", "project", "user", "api_key", "model")
 
 
 class _EndedAlready(Exception):
@@ -43,7 +44,8 @@ class _EndedAlready(Exception):
 def finalize_batch(batch_id: str) -> None:
     """Write a batch's files and end it; safe to call any number of times, at any moment."""
     with scopes_disabled(), only_one(f"finalize {batch_id}") as mine:
-        batch = queries.batches_to_finalize().filter(pk=batch_id).first() if mine else None
+        ending = queries.batches_to_finalize().select_related("model", "input_file")
+        batch = ending.filter(pk=batch_id).first() if mine else None
         if batch is None or not _close_chunks(batch):
             return
         with ExitStack() as stack:
@@ -149,7 +151,8 @@ def _measured(content: TemporaryUploadedFile) -> int:
 
 def _record(batch: Batch, stored: Mapping[str, Kept], undone: int, tally: Tally) -> None:
     """End the batch, with its files and final counts, and forget its journal."""
-    batch = Batch.objects.select_for_update(of=("self",)).get(pk=batch.pk)
+    rows = Batch.objects.select_related(*_RELATED).select_for_update(of=("self",))
+    batch = rows.get(pk=batch.pk)
     if batch.status not in (Status.FINALIZING, Status.CANCELLING):
         raise _EndedAlready
     counts = (batch.completed, batch.failed + undone)
