@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import orjson
 import pytest
+from openai import OpenAI
 from playwright.sync_api import Download, Page, ViewportSize, expect
 
 from tests import stack as stacks
@@ -66,11 +67,11 @@ def picture(looks: dict[str, Any]) -> Any:
     return keep
 
 
-def sign_in(page: Page, email: str) -> None:
+def sign_in(page: Page, email: str, lands_on: str = "Home") -> None:
     page.get_by_label("Email").fill(email)
     page.get_by_label("Password").fill(PASSWORD)
     page.get_by_role("button", name="Sign in", exact=True).click()
-    expect(page.get_by_role("heading", name="Home", exact=True)).to_be_visible()
+    expect(page.get_by_role("heading", name=lands_on, exact=True)).to_be_visible()
 
 
 def mailed_link(stack: Stack, email: str) -> str:
@@ -168,7 +169,21 @@ def test_from_an_invitation_to_the_answers(
     assert complaints == []
 
 
-def act(page: Page, action: str, batch_id: str, yes: str = "") -> None:
+def sent(client: OpenAI, count: int) -> Any:
+    """A batch that is validated, so that it waits."""
+    batch = stacks.send(client, stacks.lines(count, MODEL, max_tokens=8))
+    wait_for(lambda: client.batches.retrieve(batch.id).status == "in_progress")
+    return batch
+
+
+def moderate_everything(page: Page, portal: Stack, yes: bool) -> None:
+    page.goto(f"{portal.base_url}/operator/moderation")
+    page.get_by_label("Every batch").set_checked(yes)
+    page.get_by_role("button", name="Save the rules").click()
+    expect(page.get_by_text("The rules are saved")).to_be_visible()
+
+
+def act(page: Page, action: str, batch_id: str) -> None:
     """One action on one batch: its menu, then the page that asks."""
     page.get_by_role("button", name=f"More actions for {batch_id}").click()
     page.locator(f"#actions-{batch_id}").get_by_role("link", name=action, exact=True).click()
@@ -181,52 +196,54 @@ def act(page: Page, action: str, batch_id: str, yes: str = "") -> None:
 def test_an_operator_steers_the_queue(
     portal: Stack, looks: dict[str, Any], picture: Any, visit: Visit, complaints: list[str]
 ) -> None:
-    """What waits for a paused model is held, released, put first and approved; then it runs."""
+    """What waits for a paused model is held, released, put forward and approved; then it runs."""
     page = visit(portal.base_url, **looks)
-    sign_in(page, OPERATOR)
+    sign_in(page, OPERATOR, lands_on="Organizations")
     page.goto(f"{portal.base_url}/operator/pauses")
     page.get_by_role("button", name=f"Pause or drain {MODEL}").click()
     page.get_by_role("dialog").get_by_role("button", name="Pause", exact=True).click()
-    page.goto(f"{portal.base_url}/operator/moderation")
-    page.get_by_label("Every batch").check()
-    page.get_by_role("button", name="Save the rules").click()
-
+    expect(page.get_by_role("button", name=f"Resume {MODEL}")).to_be_visible()
     client = portal.client()
-    batch = stacks.send(client, stacks.lines(40, MODEL, max_tokens=8))
-    wait_for(lambda: client.batches.retrieve(batch.id).status == "in_progress")
+    batch = sent(client, 40)
     page.goto(f"{portal.base_url}/operator/queue")
-    expect(page.get_by_text("Waits for approval").last).to_be_visible()
-    picture(page, "queue-approval")
     act(page, "Hold", batch.id)
     expect(page.get_by_text("1 batch is held.")).to_be_visible()
     act(page, "Release", batch.id)
     expect(page.get_by_text("1 batch is released.")).to_be_visible()
     act(page, "Change priority", batch.id)
     expect(page.get_by_text("high priority")).to_be_visible()
-    act(page, "Approve", batch.id)
+
+    moderate_everything(page, portal, True)
+    second = sent(client, 10)
+    page.goto(f"{portal.base_url}/operator/queue?id={second.id}")
+    expect(page.get_by_role("cell").get_by_text("Waits for approval")).to_be_visible()
+    picture(page, "queue-approval")
+    act(page, "Approve", second.id)
     expect(page.get_by_text("1 batch is approved.")).to_be_visible()
+    moderate_everything(page, portal, False)
+    page.goto(f"{portal.base_url}/operator/queue")
     picture(page, "queue-paused")
     assert client.batches.retrieve(batch.id).request_counts.completed == 0
 
-    page.goto(f"{portal.base_url}/operator/moderation")
-    page.get_by_label("Every batch").uncheck()
-    page.get_by_role("button", name="Save the rules").click()
     page.goto(f"{portal.base_url}/operator/pauses")
     page.get_by_role("button", name=f"Resume {MODEL}").click()
-    done = stacks.finished(client, batch.id, seconds=300)
-    assert (done.status, done.request_counts.completed) == ("completed", 40)
+    expect(page.get_by_role("button", name=f"Resume {MODEL}")).to_have_count(0)
+    for each, many in ((batch, 40), (second, 10)):
+        done = stacks.finished(client, each.id, seconds=300)
+        assert (done.status, done.request_counts.completed) == ("completed", many)
 
     page.goto(f"{portal.base_url}/operator/workers")
     page.get_by_role("button", name="Drain gpu0").click()
     page.get_by_role("dialog", name="Drain gpu0?").get_by_role("button", name="Drain").click()
-    expect(page.get_by_role("button", name="Resume gpu0")).to_be_visible()
+    expect(page.get_by_role("article", name="gpu0").get_by_text("Drained")).to_be_visible()
     picture(page, "worker-draining")
-    waits = stacks.send(client, stacks.lines(5, MODEL, max_tokens=8))
+    waits = sent(client, 5)
     page.goto(f"{portal.base_url}/operator/queue")
     expect(page.get_by_role("button", name=f"More actions for {waits.id}")).to_be_visible()
     picture(page, "queue-draining")
     assert client.batches.retrieve(waits.id).request_counts.completed == 0
     page.goto(f"{portal.base_url}/operator/workers")
     page.get_by_role("button", name="Resume gpu0").click()
+    expect(page.get_by_role("button", name="Drain gpu0")).to_be_visible()
     assert stacks.finished(client, waits.id, seconds=300).request_counts.completed == 5
     assert complaints == []
