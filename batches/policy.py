@@ -23,21 +23,23 @@ A decision has two steps, and each has one idea.
    of the *measured* seconds its load took; and to work that is worth the swap. Since those under
    way count, the next worker that looks finds the claim answered.
 
-2. **Which batch of that model?** A batch past its patience; else one that an operator moved to the
-   front (which brings a worker to its model as a late one does, until it has had a chunk); else,
-   when the deadlines need most of the model's workers, the one with the earliest deadline; else the
-   highest class, in it the organization that is least ahead, and of its batches the oldest. An
-   organization is ahead by its served GPU seconds divided by its weight: the counters of deficit
-   round robin (Shreedhar and Varghese, 1995), which forget half in a quarter of an hour (as in Kay
-   and Lauder, "A fair share scheduler", 1988), so that nobody saves up for a day nor pays for one.
-   What GPU seconds are: tokens by the model's own speed on its fastest kind, so that a token of a
-   large model counts for more.
+2. **Which batch of that model?** A batch past its patience (twice that, where its organization is
+   ahead of the average: who splits a batch into a hundred must not get a hundred times the share);
+   else one that an operator moved to the front (which brings a worker to its model as a late one
+   does, until it has had a chunk); else, when the deadlines need most of the model's workers, the
+   one with the earliest deadline; else the highest class, in it the organization that is least
+   ahead, and of its batches one past its patience, else the oldest. An organization is ahead by its
+   served GPU seconds divided by its weight: the counters of deficit round robin (Shreedhar and
+   Varghese, 1995), which forget half in a quarter of an hour (as in Kay and Lauder, "A fair share
+   scheduler", 1988), so that nobody saves up for a day nor pays for one. What GPU seconds are:
+   tokens by the model's own speed on its fastest kind, so that a token of a large model counts for
+   more.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import inf
@@ -47,6 +49,8 @@ from typing import NamedTuple
 LOW, NORMAL, HIGH = -1, 0, 1
 PATIENCE = {LOW: 6 * 3600.0, NORMAL: 2 * 3600.0, HIGH: 600.0}
 """Seconds after its last chunk at which a batch of this class goes first, whatever else waits."""
+MORE = 2.0
+"""So many times as patient is a batch of an organization that is ahead of the average."""
 CLASS_FACTOR = {LOW: 0.25, NORMAL: 1.0, HIGH: 4.0}
 """How much more a class counts between models; within a model the higher one simply goes first."""
 RESCUE_SECONDS = 600.0
@@ -302,6 +306,8 @@ class Demand:
     """Workers that its organizations deserve to have here."""
     others: float
     """Workers that serve the model already, but for the one that asks."""
+    ahead: frozenset[str] = frozenset()
+    """Organizations that had more than the average by weight lately."""
 
     @property
     def seconds(self) -> float:
@@ -432,9 +438,10 @@ def _just_came(view: View, worker: Worker) -> bool:
 def _demands(view: View, worker: Worker, some: Iterable[str]) -> list[Demand]:
     """What waits for each of these models, where it fits the worker and anything of it may run."""
     fit = [name for name in some if worker.kind not in view.models[name].unfit]
-    entitled = _entitled(view, worker.kind, fit)
+    entitled = _entitled(view, fit)
     others = supply(view, worker)
     blocked = frozenset(name for name, each in view.tenants.items() if not each.may_run)
+    ahead = _ahead_of_average(view)
     found = []
     for name in fit:
         waiting, model = view.waiting[name], view.models[name]
@@ -442,10 +449,12 @@ def _demands(view: View, worker: Worker, some: Iterable[str]) -> list[Demand]:
             waiting = [each for each in waiting if each.organization not in blocked]
         if waiting:
             speed, load = model.speed_on(worker.kind), worker.swap_to(name, model)
-            tokens, rate, lates = _pressure(waiting, view.now, _fastest(view, name))
+            tokens, rate, lates = _pressure(waiting, view.now, _fastest(view, name), ahead)
             served = others.get(name, 0.0)
             found.append(
-                Demand(name, waiting, speed, load, tokens, rate, lates, entitled[name], served)
+                Demand(
+                    name, waiting, speed, load, tokens, rate, lates, entitled[name], served, ahead
+                )
             )
     return found
 
@@ -470,18 +479,21 @@ def _fastest(view: View, name: str) -> float:
     )
 
 
-def _entitled(view: View, kind: str, models: Iterable[str]) -> dict[str, float]:
+def _entitled(view: View, models: Iterable[str]) -> dict[str, float]:
     """Workers that each of these models deserves: the sum of what its organizations are entitled to.
 
     An organization is entitled to `level` workers by weight, or to what would do its work within
-    `HORIZON`, if that is less; spread over its models as its work is. One that may not run now is
+    `HORIZON`, if that is less; spread over its models as its work is: over all that any worker can
+    run, or it would be entitled to a whole share of every kind of GPU. One that may not run now is
     entitled to nothing.
     """
+    kinds = {each.kind for each in view.workers if not each.draining}
     seconds: dict[str, float] = {}
-    for name in models:
-        per_token = 1 / view.models[name].speed_on(kind)
-        for organization, tokens in view.work[name].items():
-            seconds[organization] = seconds.get(organization, 0.0) + tokens * per_token
+    for name, work in view.work.items():
+        if not kinds <= view.models[name].unfit:
+            per_token = view.models[name].cost(1)
+            for organization, tokens in work.items():
+                seconds[organization] = seconds.get(organization, 0.0) + tokens * per_token
     able = {name: each for name, each in view.tenants.items() if name in seconds and each.may_run}
     wants = [(seconds[name] / HORIZON / each.weight, each.weight) for name, each in able.items()]
     level = _level(wants, sum(not each.draining for each in view.workers))
@@ -489,8 +501,9 @@ def _entitled(view: View, kind: str, models: Iterable[str]) -> dict[str, float]:
         name: min(level * each.weight / seconds[name], 1 / HORIZON) for name, each in able.items()
     }
     return {
-        name: sum(tokens * shares.get(organization, 0.0) for organization, tokens in work.items())
-        / view.models[name].speed_on(kind)
+        name: view.models[name].cost(
+            sum(tokens * shares.get(organization, 0.0) for organization, tokens in work.items())
+        )
         for name in models
         if (work := view.work[name])
     }
@@ -510,7 +523,20 @@ def _level(wants: list[tuple[float, float]], workers: int) -> float:
     return inf
 
 
-def _pressure(waiting: Sequence[Candidate], now: float, fastest: float) -> tuple[float, float, int]:
+def _ahead_of_average(view: View) -> frozenset[str]:
+    """Organizations that had more than those with work had on average, by weight.
+
+    They must be twice as patient, or who splits a batch into a hundred got a hundred times the share.
+    """
+    some = {organization for work in view.work.values() for organization in work}
+    weights = sum(view.tenants[each].weight for each in some)
+    average = sum(view.tenants[each].served for each in some) / weights if weights else 0.0
+    return frozenset(each for each in some if view.tenants[each].ahead > average)
+
+
+def _pressure(
+    waiting: Sequence[Candidate], now: float, fastest: float, ahead: Collection[str]
+) -> tuple[float, float, int]:
     """Tokens, tokens a second that the deadlines need, and batches past their patience; one that was
     moved to the front is as if past it until its next chunk.
 
@@ -520,9 +546,10 @@ def _pressure(waiting: Sequence[Candidate], now: float, fastest: float) -> tuple
     """
     soon = now + MARGIN_SECONDS
     patient = {priority: now - seconds for priority, seconds in PATIENCE.items()}
+    longer = {priority: now - MORE * seconds for priority, seconds in PATIENCE.items()}
     tokens = owed = rate = 0.0
     lates = 0
-    for _, _, priority, _, served, due, size, _, front, _ in waiting:
+    for _, organization, priority, _, served, due, size, _, front, _ in waiting:
         tokens += size
         left = due - soon
         if left < CHUNK_SECONDS:
@@ -531,7 +558,7 @@ def _pressure(waiting: Sequence[Candidate], now: float, fastest: float) -> tuple
             owed += size
             if owed > rate * left:
                 rate = owed / left
-        if served < patient[priority] or served < front:
+        if served < front or served < (longer if organization in ahead else patient)[priority]:
             lates += 1
     return tokens, rate, lates
 
@@ -568,26 +595,32 @@ def _why(best: Demand, here: Demand | None) -> str:
 
 
 def _pick(view: View, demand: Demand) -> Candidate:
-    if demand.lates:
-        latest = max(demand.waiting, key=lambda each: (_over(each, view.now), each.batch))
-        if _over(latest, view.now) > 0:
-            return latest
+    if demand.lates and (latest := _latest(demand.waiting, view.now, demand.ahead)):
+        return latest
     if moved := _moved(demand.waiting):
         return moved
     if first := _first_due(view, demand):
         return first
-    return _fair(demand.waiting, view.tenants)
+    return _fair(demand.waiting, view)
+
+
+def _latest(
+    waiting: Iterable[Candidate], now: float, ahead: Collection[str] = ()
+) -> Candidate | None:
+    """The batch that is past its patience by most; None if none is."""
+
+    def over(each: Candidate) -> float:
+        patience = PATIENCE[each.priority] * (MORE if each.organization in ahead else 1.0)
+        return now - each.served - patience
+
+    latest = max(waiting, key=lambda each: (over(each), each.batch), default=None)
+    return latest if latest is not None and over(latest) > 0 else None
 
 
 def _moved(waiting: Sequence[Candidate]) -> Candidate | None:
     """Of those that were moved to the front the last one that was."""
     first = max(waiting, key=_FRONT)
     return first if first.front else None
-
-
-def _over(each: Candidate, now: float) -> float:
-    """Seconds by which the batch is past its patience."""
-    return now - each.served - PATIENCE[each.priority]
 
 
 def _first_due(view: View, demand: Demand) -> Candidate | None:
@@ -605,14 +638,19 @@ def _first_due(view: View, demand: Demand) -> Candidate | None:
     return first if first.due - view.now < 2 * MARGIN_SECONDS + seconds else None
 
 
-def _fair(waiting: Sequence[Candidate], tenants: Mapping[str, Tenant]) -> Candidate:
-    """The highest class, in it the tenant that is least ahead, of its batches the oldest."""
-    ahead = {name: tenant.ahead for name, tenant in tenants.items()}
+def _fair(waiting: Sequence[Candidate], view: View) -> Candidate:
+    """The highest class, in it the tenant that is least ahead; of its batches one that is past its
+    patience, whatever its class, else the oldest."""
+    ahead = {name: tenant.ahead for name, tenant in view.tenants.items()}
     top = max(map(_PRIORITY, waiting))
     first = [each for each in waiting if each.priority == top]
     least = min(ahead[each.organization] for each in first)
-    its = (each for each in first if ahead[each.organization] == least)
-    return min(its, key=lambda each: (each.created, each.batch))
+    its = [each for each in waiting if ahead[each.organization] == least]
+    if late := _latest(its, view.now):
+        return late
+    return min(
+        (each for each in its if each.priority == top), key=lambda each: (each.created, each.batch)
+    )
 
 
 _PRIORITY, _FRONT = itemgetter(2), itemgetter(8, 0)

@@ -533,10 +533,10 @@ class LeaseLoop:
         try:
             await self._save_some(of, outcomes, last=last)
         except LeaseLost:
-            self._log_drop(of, "lease lost")
+            self._log_drop(of.lease, "lease lost")
             of.drop(lost=True)
         except GaveUp:
-            self._log_drop(of, "not saved: the lease will expire")
+            self._log_drop(of.lease, "not saved: the lease will expire")
             of.drop(lost=True)
         except Exception:
             logger.exception("chunk cannot be saved", batch_id=of.lease.batch_id)
@@ -560,12 +560,14 @@ class LeaseLoop:
             await self._database.run(leases.give_back, of.lease)
 
     def _drop(self, lease: Lease, *, lost: bool) -> None:
+        why = "lease lost" if lost else "batch no longer wants it"
         if self._loading_for == lease:
+            self._log_drop(lease, why)
             self._loading_for = None
             self._reconsidering = asyncio.create_task(self._reconsider(lease.model))
         for each in self._works:
             if each.lease == lease:  # not a later lease of the same chunk
-                self._log_drop(each, "lease lost" if lost else "batch no longer wants it")
+                self._log_drop(lease, why)
                 each.drop(lost=lost)
         self._changed.set()
 
@@ -578,8 +580,8 @@ class LeaseLoop:
                     self.host.cancel(model)
             await asyncio.sleep(POLL_SECONDS)
 
-    def _log_drop(self, of: Work, why: str) -> None:
-        logger.warning(why, batch_id=of.lease.batch_id, chunk=of.lease.chunk_id)
+    def _log_drop(self, lease: Lease, why: str) -> None:
+        logger.warning(why, batch_id=lease.batch_id, chunk=lease.chunk_id)
 
     # --- When the GPU is too hot for long, or sick ---------------------------------------------
 

@@ -136,6 +136,52 @@ def test_the_bound_on_starving_goes_before_class() -> None:
     assert chosen(view(waiting, on("a"))) == ("starved", "loaded")
 
 
+def test_who_splits_a_batch_into_a_hundred_gets_no_more_for_it() -> None:
+    """All of them are past their patience, and yet it is the other one's turn."""
+    hundred = [batch(f"split{at}", "many", waited=PATIENCE[NORMAL] + at + 1) for at in range(100)]
+    waiting = {"a": [*hundred, batch("one", "few")]}
+    tenants = {"many": Tenant(served=110), "few": Tenant(served=100)}
+    assert chosen(view(waiting, on("a"), tenants=tenants)) == ("one", "loaded")
+    tenants["many"] = Tenant(served=100)  # no further ahead than the average
+    assert chosen(view(waiting, on("a"), tenants=tenants)) == ("split99", "loaded")
+
+
+def test_twice_the_patience_is_enough_for_those_who_are_ahead_too() -> None:
+    starved = batch("starved", "rich", priority=LOW, waited=policy.MORE * PATIENCE[LOW] + 1)
+    waiting = {"a": [starved, batch("urgent", "poor", priority=HIGH)]}
+    tenants = {"rich": Tenant(served=1_000)}
+    assert chosen(view(waiting, on("a"), tenants=tenants)) == ("starved", "loaded")
+
+
+def test_in_its_own_turn_what_is_past_its_patience_goes_first() -> None:
+    late = batch("late", "mine", priority=LOW, waited=PATIENCE[LOW] + 1)
+    waiting = {"a": [late, batch("new", "mine"), batch("other's", "other")]}
+    tenants = {"mine": Tenant(served=100), "other": Tenant(served=100)}
+    idle = {"b": [batch("far", "third")]}  # who had nothing makes the others ahead of the average
+    assert chosen(view(waiting | idle, on("a"), tenants=tenants))[0] == "late"
+    tenants["other"] = Tenant(served=90)
+    assert chosen(view(waiting | idle, on("a"), tenants=tenants))[0] == "other's"
+
+
+def test_a_share_is_spread_over_the_models_of_every_kind() -> None:
+    """A small GPU's view of it, too: half of its work is for a model that no such GPU can run."""
+    models = {
+        "a": Model({"small": SPEED, "large": SPEED}, {"small": LOAD, "large": LOAD}),
+        "b": Model({"small": SPEED, "large": SPEED}, {"small": LOAD, "large": LOAD}),
+        "c": Model({"large": SPEED}, {"large": LOAD}, frozenset({"small"})),
+    }
+    waiting = {
+        "a": [batch("both's", "both", seconds=HOUR)],
+        "b": [batch("plain", "plain", seconds=HOUR)],
+        "c": [batch("large", "both", seconds=HOUR)],
+    }
+    workers = [on("", f"s{at}", kind="small") for at in range(2)]
+    workers += [on("c", f"l{at}", kind="large") for at in range(2)]
+    seen = view(waiting, *workers, models=models)
+    entitled = policy._entitled(seen, ["a", "b"])
+    assert (entitled["a"], entitled["b"]) == (pytest.approx(1), pytest.approx(2))
+
+
 # --- Who may run ----------------------------------------------------------------------------------
 
 
