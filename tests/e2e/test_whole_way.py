@@ -146,6 +146,7 @@ def test_from_an_invitation_to_the_answers(
     page.evaluate("window.notReloaded = true")
     picture(page, "running")
     ended(page)
+    expect(page.get_by_role("region", name="Details").get_by_text(MODEL)).to_be_visible()
     assert page.evaluate("window.notReloaded")
     picture(page, "finished")
 
