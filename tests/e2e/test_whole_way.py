@@ -236,7 +236,9 @@ def test_an_operator_steers_the_queue(
     page.goto(f"{portal.base_url}/operator/workers")
     page.get_by_role("button", name="Drain gpu0").click()
     page.get_by_role("dialog", name="Drain gpu0?").get_by_role("button", name="Drain").click()
-    expect(page.get_by_role("article", name="gpu0").get_by_text("Drained")).to_be_visible()
+    expect(page.get_by_role("article", name="gpu0").get_by_text("Drained")).to_be_visible(
+        timeout=60_000  # the next heartbeat says so
+    )
     picture(page, "worker-draining")
     waits = sent(client, 5)
     page.goto(f"{portal.base_url}/operator/queue")
