@@ -74,6 +74,8 @@ def test_workers_that_are_cut_off_for_longer_than_a_lease_lose_and_double_nothin
         client = stack.client()
         batch = send(client, lines(REQUESTS, model))
         chunks = [wait_for(lambda name=each.name: leased_to(rows, name)) for each in cut_off]
+        for each in cut_off:  # one that cannot even load the model has nothing to lose
+            wait_for(lambda log=each.machine: log.has_said("model loaded"))
         for each in cut_off:
             each.cut()
         for chunk in chunks:  # by gpu0, once the leases have expired
