@@ -23,8 +23,8 @@ A decision has two steps, and each has one idea.
    of the *measured* seconds its load took; and to work that is worth the swap. Since those under
    way count, the next worker that looks finds the claim answered.
 
-2. **Which batch of that model?** A batch past its patience (twice that, where its organization is
-   ahead of the average: who splits a batch into a hundred must not get a hundred times the share);
+2. **Which batch of that model?** A batch past its patience (`MORE` times that, where its organization
+   is ahead of the average: who splits a batch into a hundred must not get a hundred times the share);
    else one that an operator moved to the front (which brings a worker to its model as a late one
    does, until it has had a chunk); else, when the deadlines need most of the model's workers, the
    one with the earliest deadline; else the highest class, in it the organization that is least
@@ -47,9 +47,9 @@ from operator import itemgetter
 from typing import NamedTuple
 
 LOW, NORMAL, HIGH = -1, 0, 1
-PATIENCE = {LOW: 6 * 3600.0, NORMAL: 2 * 3600.0, HIGH: 600.0}
+PATIENCE = {LOW: 6 * 3600.0, NORMAL: 2 * 3600.0, HIGH: 300.0}
 """Seconds after its last chunk at which a batch of this class goes first, whatever else waits."""
-MORE = 2.0
+MORE = 3.0
 """So many times as patient is a batch of an organization that is ahead of the average."""
 CLASS_FACTOR = {LOW: 0.25, NORMAL: 1.0, HIGH: 4.0}
 """How much more a class counts between models; within a model the higher one simply goes first."""
@@ -63,10 +63,11 @@ TIGHT = 0.6
 """Deadlines go first once they need this share of the workers that serve the model."""
 BETTER = 1.25
 """A claim must be better than the loaded model's by this factor."""
-RESCUE_STAY, SHARE_STAY = 5.0, 20.0
+RESCUE_STAY, SHARE_STAY = 5.0, 10.0
 """A worker stays this many times the seconds its load took: when a model is at risk, and else. The
-first also after the last real-time request, if nothing is at risk."""
-IDLE_WORTH = 10.0
+first also after the last real-time request, if nothing is at risk; the second is what a model must
+have to do for each of its workers that another one comes to."""
+IDLE_WORTH = 20.0
 """An idle worker joins others where these would need as many times the load's seconds alone."""
 CHUNK_SECONDS = 60.0
 DEFAULT_SPEED, DEFAULT_LOAD, DEFAULT_WAKE = 2000.0, 90.0, 10.0
@@ -526,7 +527,7 @@ def _level(wants: list[tuple[float, float]], workers: int) -> float:
 def _ahead_of_average(view: View) -> frozenset[str]:
     """Organizations that had more than those with work had on average, by weight.
 
-    They must be twice as patient, or who splits a batch into a hundred got a hundred times the share.
+    They must be more patient, or who splits a batch into a hundred got a hundred times the share.
     """
     some = {organization for work in view.work.values() for organization in work}
     weights = sum(view.tenants[each].weight for each in some)

@@ -19,7 +19,8 @@ The workload, fixed by `SEED` and the same for every policy:
 A miss counts when the deadline could have been met, judged by a relaxed world: all GPUs as one
 machine without swaps, on which any batch may use everything, earliest deadline first; and the 80 GB
 ones likewise for the models that need them. What is late even there is left out, and counted.
-Starved is a batch that waited half an hour longer for its next chunk than twice its class's patience.
+Starved is a batch that waited half an hour longer for its next chunk than `policy.MORE` times its
+class's patience.
 Fairness (Jain's index: 1 is equal) is taken on a plain day, of normal batches with windows of 24 h
 at 95 % load, because classes and deadlines are meant to go before it: each hour, over the GPU
 seconds by weight of those tenants that had 60 chunks or more waiting all through the hour.

@@ -38,7 +38,7 @@ def usual_percents() -> list[int]:
 class Status(models.TextChoices):
     VALIDATING = "validating"
     FAILED = "failed"
-    IN_PROGRESS = "in_progress"
+    IN_PROGRESS = "in_progress", "In progress"
     FINALIZING = "finalizing"
     COMPLETED = "completed"
     EXPIRED = "expired"

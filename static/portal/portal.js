@@ -39,6 +39,24 @@
   document.addEventListener("visibilitychange", seen);
   window.addEventListener("focus", seen);
 
+  // --- A form that was sent -------------------------------------------------------------------
+  // What takes long says so at its button, and nothing is sent twice; HTMX's forms say so themselves.
+  const SOON = 300; // milliseconds, so that nothing flickers
+  const sent = new Set();
+  document.addEventListener("submit", (event) => {
+    const form = event.target;
+    if (event.defaultPrevented || form.method !== "post") return;
+    if (sent.has(form)) return event.preventDefault();
+    sent.add(form);
+    const button = event.submitter;
+    setTimeout(() => button?.classList.toggle("btn-loading", sent.has(form)), SOON);
+  });
+  // Come back to by the browser's own way: the page is as it was left.
+  window.addEventListener("pageshow", () => {
+    sent.clear();
+    document.querySelectorAll(".btn-loading").forEach((it) => it.classList.remove("btn-loading"));
+  });
+
   // --- Times in the person's own zone; the hint keeps UTC -----------------------------------------
   const short = { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" };
   const localize = () =>

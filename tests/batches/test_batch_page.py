@@ -145,7 +145,7 @@ def test_the_states_are_told_with_how_long_each_took(owner: Person) -> None:
     detail = views.Detail(jobs.fresh(batch), True)
     assert [(step.label, step.lasted) for step in detail.steps] == [
         ("Created", "2 s"),
-        ("In Progress", "1 min 5 s"),
+        ("In progress", "1 min 5 s"),
         ("Finalizing", "2 h 1 min"),
         ("Completed", ""),
     ]
@@ -424,7 +424,7 @@ def test_the_log_tells_its_life(owner: Person, teammate: Person) -> None:
             "Finalizing",
             "Finished requests 1 to 2",
             "Began requests 1 to 2",
-            "In Progress",
+            "In progress",
             "Created",
         ]
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from batches.outlook import Place, Running, explain
-from batches.policy import HIGH, LOW, Model, Tenant, View, Worker
+from batches.policy import HIGH, LOW, PATIENCE, Model, Tenant, View, Worker
 from tests.batches.test_policy import (
     HOUR,
     LOAD,
@@ -89,7 +89,7 @@ def test_a_model_that_is_not_loaded_waits_for_the_swap() -> None:
 
 def test_a_swap_comes_when_patience_ends_at_the_latest() -> None:
     waiting = {"a": [batch("1", seconds=99 * HOUR)], "b": [batch("2", priority=HIGH)]}
-    assert explain(view(waiting, on("a")))["2"].reason.at == NOW + 600
+    assert explain(view(waiting, on("a")))["2"].reason.at == NOW + PATIENCE[HIGH]
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_who_splits_a_batch_into_a_hundred_gets_no_more_for_it() -> None:
     assert chosen(view(waiting, on("a"), tenants=tenants)) == ("split99", "loaded")
 
 
-def test_twice_the_patience_is_enough_for_those_who_are_ahead_too() -> None:
+def test_those_who_are_ahead_are_more_patient_but_not_for_ever() -> None:
     starved = batch("starved", "rich", priority=LOW, waited=policy.MORE * PATIENCE[LOW] + 1)
     waiting = {"a": [starved, batch("urgent", "poor", priority=HIGH)]}
     tenants = {"rich": Tenant(served=1_000)}
@@ -237,7 +237,7 @@ def test_a_swap_must_be_worth_its_measured_cost() -> None:
     crowd = [batch(f"b{at}", f"org{at}", seconds=600) for at in range(4)]
     waiting = {"a": [batch("1", seconds=9_000)], "b": crowd}
     two = [on("a", "1"), on("a", "2")]
-    slow = {"b": Model({"": SPEED}, {"": 200})}
+    slow = {"b": Model({"": SPEED}, {"": 300})}
     quick = {"b": Model({"": SPEED}, {"": 5})}
     assert chosen(view(waiting, *two, models=MODELS | slow)) == ("1", "loaded")
     assert chosen(view(waiting, *two, models=MODELS | quick)) == ("b0", "share")
@@ -246,7 +246,7 @@ def test_a_swap_must_be_worth_its_measured_cost() -> None:
 def test_a_model_that_sleeps_here_costs_only_its_waking() -> None:
     crowd = [batch(f"b{at}", f"org{at}", seconds=600) for at in range(4)]
     waiting = {"a": [batch("1", seconds=9_000)], "b": crowd}
-    slow = {"b": Model({"": SPEED}, {"": 200}, wake={"": 5})}
+    slow = {"b": Model({"": SPEED}, {"": 300}, wake={"": 5})}
     awake, other = on("a", "1"), on("a", "2")
     has_it = replace(awake, asleep=frozenset("b"))
     assert chosen(view(waiting, awake, other, models=MODELS | slow)) == ("1", "loaded")
@@ -661,7 +661,7 @@ def moved(candidate: Candidate, ago: float = 0) -> Candidate:
 
 def test_what_was_moved_to_the_front_goes_before_class_age_deadline_and_share() -> None:
     front = moved(batch("front", "ahead", priority=LOW), 60)._replace(served=NOW - 1)
-    waiting = [batch("high", priority=HIGH, waited=300), batch("due", due=400), front]
+    waiting = [batch("high", priority=HIGH, waited=200), batch("due", due=400), front]
     tenants = {"ahead": Tenant(served=1_000)}
     found = choose(view({"a": waiting}, tenants=tenants), Worker("w", model="a"))
     assert found.candidate == front

@@ -143,7 +143,7 @@ def test_with_the_cache_away_nothing_is_told_and_it_is_asked_once(
     sweep()
     assert [told(owner, batch) for _ in range(3)] == [None] * 3
     assert asked == [standings.KEY]
-    assert shown(owner).count("In Progress") == 2  # in the filter, and the batch's own
+    assert shown(owner).count("In progress") == 2  # in the filter, and the batch's own
 
 
 def test_it_costs_no_queries(owner: Person, stranger: Person) -> None:

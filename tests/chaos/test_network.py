@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,8 +25,9 @@ from tests.stack import Stack, lines, send, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chaos")]
 
-REQUESTS = 4_000
+REQUESTS = 5_000
 """Enough that one worker alone is not done with it while the others are cut off."""
+CUT_SECONDS = 60
 CUTS = ("stall", "swallow", "reset")
 
 
@@ -78,10 +80,12 @@ def test_workers_that_are_cut_off_for_longer_than_a_lease_lose_and_double_nothin
             wait_for(lambda log=each.machine: log.has_said("model loaded"))
         for each in cut_off:
             each.cut()
+        since = time.monotonic()
         for chunk in chunks:  # by gpu0, once the leases have expired
             wait_for(lambda chunk=chunk: is_done(rows, chunk))
         before = [journal(rows, batch.id, chunk) for chunk in chunks]
         assert [len(saved) for saved in before] == [200] * len(CUTS)
+        wait_for(lambda: time.monotonic() - since > CUT_SECONDS, seconds=CUT_SECONDS + 10)
         for each in cut_off:
             each.mend()
         for each in cut_off:

@@ -81,3 +81,37 @@ def test_a_question_that_could_not_be_sent_is_still_there(
     assert page.url.endswith("?next=/models/echo")
     # The failed request is complained of; nothing else is.
     assert [said for said in complaints if "htmx:" not in said and "ERR_FAILED" not in said] == []
+
+
+def test_a_form_that_takes_long_says_so_and_is_sent_once(
+    owner: Person,
+    at: Any,  # noqa: F811
+    complaints: list[str],
+) -> None:
+    page = at(owner.browser, "/organization/projects")
+    sent: list[Any] = []
+
+    def hold(route: Any) -> None:
+        if route.request.method == "POST":
+            sent.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/organization/projects*", hold)
+    page.get_by_label("Name").fill("Nightly")
+    said = page.evaluate(  # Playwright's own clicks wait for where they lead
+        """async () => {
+            const button = document.querySelector("main form[method=post] button");
+            button.click();
+            button.click();
+            await new Promise((resolve) => setTimeout(resolve, 1000));
+            return button.className;
+        }"""
+    )
+    assert "btn-loading" in said
+    assert len(sent) == 1
+
+    sent[0].continue_()
+    expect(page.get_by_role("cell", name="Nightly proj_")).to_be_visible()
+    expect(page.locator(".btn-loading")).to_have_count(0)
+    assert complaints == []
