@@ -27,7 +27,16 @@ from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-from batches.policy import PATIENCE, Candidate, Model, Reason, Tenant, View, Worker
+from batches.policy import (
+    Candidate,
+    Model,
+    Reason,
+    Tenant,
+    View,
+    Worker,
+    ahead_of_average,
+    patient_until,
+)
 
 
 class Running(NamedTuple):
@@ -202,7 +211,8 @@ def _next_to_serve(
     if first is None:
         return Server(Reason(_why_nobody(view), model))
     dry, name, worker = first
-    at = max(view.now, min([dry, *map(_patient_until, waiting)]))
+    ahead = ahead_of_average(view)
+    at = max(view.now, min([dry, *(_goes_first(each, ahead) for each in waiting)]))
     server = Server(
         Reason("swap", model, worker.model, at=at),
         at + worker.swap_to(model, it),
@@ -213,9 +223,9 @@ def _next_to_serve(
     return server
 
 
-def _patient_until(each: Candidate) -> float:
-    """For one that was moved to the front, until now."""
-    return 0.0 if each.served < each.front else each.served + PATIENCE[each.priority]
+def _goes_first(each: Candidate, ahead: Collection[str]) -> float:
+    """When it does; one that was moved to the front: now."""
+    return 0.0 if each.served < each.front else patient_until(each, ahead)
 
 
 def _why_nobody(view: View) -> str:

@@ -442,7 +442,7 @@ def _demands(view: View, worker: Worker, some: Iterable[str]) -> list[Demand]:
     entitled = _entitled(view, fit)
     others = supply(view, worker)
     blocked = frozenset(name for name, each in view.tenants.items() if not each.may_run)
-    ahead = _ahead_of_average(view)
+    ahead = ahead_of_average(view)
     found = []
     for name in fit:
         waiting, model = view.waiting[name], view.models[name]
@@ -524,7 +524,12 @@ def _level(wants: list[tuple[float, float]], workers: int) -> float:
     return inf
 
 
-def _ahead_of_average(view: View) -> frozenset[str]:
+def patient_until(each: Candidate, ahead: Collection[str]) -> float:
+    """When it goes first, whatever else waits; `ahead` are the organizations that must wait longer."""
+    return each.served + PATIENCE[each.priority] * (MORE if each.organization in ahead else 1.0)
+
+
+def ahead_of_average(view: View) -> frozenset[str]:
     """Organizations that had more than those with work had on average, by weight.
 
     They must be more patient, or who splits a batch into a hundred got a hundred times the share.
@@ -611,8 +616,7 @@ def _latest(
     """The batch that is past its patience by most; None if none is."""
 
     def over(each: Candidate) -> float:
-        patience = PATIENCE[each.priority] * (MORE if each.organization in ahead else 1.0)
-        return now - each.served - patience
+        return now - patient_until(each, ahead)
 
     latest = max(waiting, key=lambda each: (over(each), each.batch), default=None)
     return latest if latest is not None and over(latest) > 0 else None

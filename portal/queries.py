@@ -16,15 +16,16 @@ from accounts.allowances import Allowance, allowances_of
 from accounts.models import HourlyUse, Organization
 from accounts.queries import hourly_use
 from batches import standings
-from batches.models import Batch
-from batches.models.batches import UNFINISHED, Status
+from batches.models import Batch, Chunk
+from batches.models.batches import UNFINISHED, ChunkState, Status
 from models_registry.models import Model
 from models_registry.queries import offered_to
 
 LOOKED_AT = 100
-"""Unfinished batches that are sorted into running and waiting; the oldest, which run first."""
+"""Unfinished batches that are sorted into running and waiting: those that workers are at, and the
+oldest, which run first."""
 NEWEST = 500
-"""Batches among which failures are looked for."""
+"""Batches among which those are looked for that ended well but for some requests."""
 RECENT = timedelta(days=7)
 MOST_FAILURES = 5
 _BAD = (Status.FAILED, Status.EXPIRED)
@@ -44,12 +45,17 @@ class Unfinished:
 
 
 def unfinished() -> Unfinished:
-    """In two queries. A batch runs once it has answers, or is nobody's next."""
+    """In three queries at most. A batch runs once it has answers, or a worker is at it."""
     mine = Batch.objects.filter(status__in=UNFINISHED)
-    oldest = list(mine.select_related(*RELATED).order_by("pk")[:LOOKED_AT])
-    running = [batch for batch in oldest if _runs(batch)]
-    waiting = [batch for batch in oldest if not _runs(batch)]
-    total = mine.count() if len(oldest) == LOOKED_AT else len(oldest)
+    found = list(mine.select_related(*RELATED).order_by("pk")[:LOOKED_AT])
+    total = len(found)
+    if total == LOOKED_AT:
+        leased = Chunk.objects.filter(state=ChunkState.LEASED).values("batch")
+        served = mine.filter(pk__in=leased, pk__gt=found[-1].pk)
+        found += served.select_related(*RELATED).order_by("pk")[:LOOKED_AT]
+        total = mine.count()
+    running = [batch for batch in found if _runs(batch)]
+    waiting = [batch for batch in found if not _runs(batch)]
     return Unfinished(running, waiting, total)
 
 
@@ -61,17 +67,23 @@ def _runs(batch: Batch) -> bool:
 
 
 def failures() -> list[Batch]:
-    """The newest that failed, expired, or ended with failed requests, of the last days."""
-    # In two queries: in one, PostgreSQL would rather look at all that there ever were.
-    newest = Batch.objects.order_by("-pk").values_list("pk", "status", "failed", "created_at")
+    """The newest that failed, expired, or ended with failed requests, of the last days.
+
+    Of the last kind, which no index knows, only those among the newest batches.
+    """
+    # One by one: in one query, PostgreSQL would rather look at all that there ever were.
     since = timezone.now() - RECENT
+    newest = Batch.objects.order_by("-pk")
+    failed = newest.values_list("pk", "status", "failed", "created_at")[:NEWEST]
     bad = [
-        pk
-        for pk, status, failed, at in newest[:NEWEST]
-        if at >= since and (status in _BAD or (status == Status.COMPLETED and failed))
-    ]
-    found = Batch.objects.filter(pk__in=bad[:MOST_FAILURES])
-    return list(found.select_related(*RELATED).order_by("-pk"))
+        pk for pk, status, some, at in failed if some and status == Status.COMPLETED and at >= since
+    ][:MOST_FAILURES]
+    for status in _BAD:
+        bad += newest.filter(status=status, created_at__gte=since).values_list("pk", flat=True)[
+            :MOST_FAILURES
+        ]
+    found = newest.filter(pk__in=bad).select_related(*RELATED)
+    return list(found[:MOST_FAILURES])
 
 
 def has_run() -> bool:

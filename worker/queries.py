@@ -6,10 +6,12 @@ not agree on the time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import reduce
 from math import inf
+from operator import or_
 from typing import Any, NamedTuple
 
 from django.conf import settings
@@ -66,6 +68,45 @@ def workers() -> QuerySet[Any]:
     """All that are known, by name, with `is_alive` and for how long each has been `silent`."""
     silent = ExpressionWrapper(Now() - F("heartbeat_at"), output_field=DurationField())
     return Worker.objects.annotate(is_alive=heard_of(), silent=silent).order_by("name")
+
+
+SHOWN: Mapping[str, tuple[str, Q]] = {
+    "": ("Running and silent", ~Q(state=WorkerState.STOPPED)),
+    "silent": ("Silent", ~Q(state=WorkerState.STOPPED) & ~Q(is_alive=True)),
+    "stopped": ("Stopped", Q(state=WorkerState.STOPPED)),
+}
+"""What the operators' page can show of the workers: the words, and which."""
+
+
+def find_workers(show: str, text: str) -> QuerySet[Any]:
+    """Those of one of the kinds of `SHOWN` that have the text in their name, host, GPU or model."""
+    _, which = SHOWN.get(show, SHOWN[""])
+    found = workers().filter(which)
+    if text:
+        parts = ("name", "host", "gpu_kind", "loaded_model")
+        found = found.filter(reduce(or_, (Q(**{f"{part}__icontains": text}) for part in parts)))
+    return found
+
+
+class Fleet(NamedTuple):
+    """How many workers there are of each kind, and what all of them do."""
+
+    running: int
+    silent: int
+    stopped: int
+    tokens_per_second: float
+
+
+def fleet() -> Fleet:
+    """Of all workers, in one query."""
+    alive, stopped = Q(is_alive=True), Q(state=WorkerState.STOPPED)
+    counts = workers().aggregate(
+        running=Count("pk", filter=alive),
+        silent=Count("pk", filter=~alive & ~stopped),
+        stopped=Count("pk", filter=stopped),
+        tokens_per_second=Coalesce(Sum("tokens_per_second", filter=alive), 0.0),
+    )
+    return Fleet(**counts)
 
 
 class Running(NamedTuple):

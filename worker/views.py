@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlencode
 
 from django.contrib import messages
 from django.http import Http404
 from django.http.response import HttpResponseBase
 from django.shortcuts import redirect, render
+from django.urls import reverse
 from django.views.decorators.http import require_POST, require_safe
 
 from accounts.errors import ApiError
@@ -81,24 +83,28 @@ class Row:
 @require_safe
 @operator_page
 def operator_workers(request: PageRequest, user: User) -> HttpResponseBase:
-    after = request.GET.get("after", "").replace("\0", "")
-    rows, more = _rows(after)
-    alive = sum(bool(row.worker.is_alive) for row in rows)
+    asked = {key: request.GET.get(key, "").replace("\0", "") for key in ("show", "q", "after")}
+    show, text = asked["show"], asked["q"].strip()[:150]
+    rows, more = _rows(show, text, asked["after"])
+    found = {key: value for key, value in (("show", show), ("q", text)) if value}
     ctx = {
         "rows": rows,
-        "after": after,
-        "last": rows[-1].worker.name if more else "",
-        "alive": alive,
-        "silent": sum(row.is_silent for row in rows),
-        "speed": sum(row.worker.tokens_per_second for row in rows if row.worker.is_alive),
+        "fleet": queries.fleet(),
+        "kinds": [(kind, words) for kind, (words, _) in queries.SHOWN.items()],
+        "show": show,
+        "q": text,
+        "after": asked["after"],
+        "here": request.GET.urlencode(),
+        "first": urlencode(found),
+        "next": urlencode(found | {"after": rows[-1].worker.name}) if more else "",
     }
     template = "worker/workers.html"
     return render(request, f"{template}#rows" if request.htmx else template, ctx)
 
 
-def _rows(after: str) -> tuple[list[Row], bool]:
+def _rows(show: str, text: str, after: str) -> tuple[list[Row], bool]:
     """One page by name, and whether there are more, in as many queries for one as for many."""
-    found = list(queries.workers().filter(name__gt=after)[: PAGE_SIZE + 1])
+    found = list(queries.find_workers(show, text).filter(name__gt=after)[: PAGE_SIZE + 1])
     shown = found[:PAGE_SIZE]
     names = [worker.name for worker in shown]
     running, swaps = queries.running_on(names), queries.swaps_of(names)
@@ -154,4 +160,4 @@ def _ask(
         messages.error(request, error.message)
     else:
         messages.success(request, said.format(worker.name))
-    return redirect("operator_workers")
+    return redirect(f"{reverse('operator_workers')}?{request.GET.urlencode()}".rstrip("?"))

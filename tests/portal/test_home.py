@@ -117,6 +117,37 @@ def test_the_rest_is_counted(owner: Person, monkeypatch: pytest.MonkeyPatch) -> 
     assert "3 more are not finished." in response.content.decode()
 
 
+def test_what_runs_is_shown_however_many_older_ones_wait(
+    owner: Person, echo: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "LOOKED_AT", 3)
+    for _ in range(4):
+        batch_of(owner, status=Status.IN_PROGRESS, total=10)
+    runs = jobs.running(owner.caller, 5)
+    jobs.lease("gpu0", only="echo")
+    stand(monkeypatch, **{runs.pk: 0})
+    response = owner.browser.get("/")
+    assert ids(section(response, "Running now")) == [runs.pk]
+    assert len(ids(section(response, "Waiting"))) == 3
+    assert "1 more is not finished." in response.content.decode()
+
+
+def test_what_failed_is_shown_however_many_newer_ones_ended_well(
+    owner: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "NEWEST", 2)
+    now = timezone.now()
+    failed = batch_of(owner, status=Status.FAILED, failed_at=now)
+    expired = batch_of(owner, status=Status.EXPIRED, expired_at=now, total=1, failed=1)
+    old = batch_of(owner, status=Status.FAILED, failed_at=now)
+    jobs.change(old, created_at=now - timedelta(days=8))
+    for _ in range(2):
+        batch_of(owner, status=Status.COMPLETED, completed_at=now, total=1, completed=1)
+    some = batch_of(owner, status=Status.COMPLETED, completed_at=now, total=2, completed=1, failed=1)
+    response = owner.browser.get("/")
+    assert ids(section(response, "Needs a look")) == [some.pk, expired.pk, failed.pk]
+
+
 def test_the_page_asks_again_while_something_is_unfinished(owner: Person) -> None:
     batch = batch_of(owner, status=Status.IN_PROGRESS, total=10)
     client = owner.browser

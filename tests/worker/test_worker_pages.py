@@ -37,8 +37,8 @@ def desk(operator: User) -> Client:
 
 def worker(name: str = "gpu0", **fields: Any) -> Worker:
     now = timezone.now()
-    given = {"state": WorkerState.RUNNING, "started_at": now, "heartbeat_at": now} | fields
-    return Worker.objects.create(name=name, host="here", pid=7, **given)
+    given = {"state": WorkerState.RUNNING, "started_at": now, "heartbeat_at": now, "host": "here"}
+    return Worker.objects.create(name=name, pid=7, **given | fields)
 
 
 def shown(desk: Client, query: str = "") -> str:
@@ -82,7 +82,7 @@ def test_it_tells_all_that_a_worker_says(desk: Client, owner: Person) -> None:
     jobs.lease("gpu0")
     said = shown(desk)
     for text in (
-        "1 running; 1,234 tokens a second",
+        "1 running; 1,234 tokens a second in all",
         "gpu0 Running",
         "GPU paused: feeds nothing for now too hot",
         "It hiccuped.",
@@ -109,7 +109,7 @@ def test_a_worker_that_is_silent_is_told_apart_and_can_be_forgotten(desk: Client
         "gpu0 is forgotten." in desk.post(f"{PAGE}/{gone.pk}/forget", follow=True).content.decode()
     )
     assert not Worker.objects.exists()
-    assert "No worker has been heard of yet" in shown(desk)
+    assert "No worker is running" in shown(desk)
 
 
 def test_a_worker_is_drained_resumed_and_unloaded(desk: Client) -> None:
@@ -144,6 +144,39 @@ def test_it_pages_by_name(desk: Client, monkeypatch: pytest.MonkeyPatch) -> None
         worker(name)
     assert [names(desk, query) for query in ("", "?after=b", "?after=c")] == [["a", "b"], ["c"], []]
     assert desk.get(f"{PAGE}?after=%00").status_code == 200
+
+
+def test_all_are_counted_and_each_kind_can_be_shown(
+    desk: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "PAGE_SIZE", 1)
+    ago = timezone.now() - timedelta(minutes=5)
+    worker("a", tokens_per_second=1_000, loaded_model="echo")
+    worker("b", tokens_per_second=2_000, host="there")
+    worker("quiet", heartbeat_at=ago, tokens_per_second=4_000)
+    worker("was", heartbeat_at=ago, state=WorkerState.STOPPED)
+    said = "2 running, 1 silent, 1 stopped; 3,000 tokens a second in all"
+    assert said in shown(desk).replace(" ,", ",").replace(" ;", ";")
+    asked = ("?after=b", "?show=silent", "?show=stopped", "?q=THERE", "?q=echo", "?q=was", "?show=x")
+    assert [names(desk, query) for query in asked] == [
+        ["quiet"],
+        ["quiet"],
+        ["was"],
+        ["b"],
+        ["a"],
+        [],
+        ["a"],
+    ]
+    assert "No worker is like this" in shown(desk, "?q=was")
+    assert 'href="?after=a" rel="next"' in desk.get(PAGE).content.decode()
+    assert 'href="?q=r&amp;after=a"' in desk.get(f"{PAGE}?q=r").content.decode()
+
+
+def test_who_asked_something_of_a_worker_stays_on_the_page(desk: Client) -> None:
+    it = worker("b", host="there")
+    page = f"{PAGE}?q=there&after=a"
+    assert f"/{it.pk}/drain?q=there&amp;after=a" in desk.get(page).content.decode()
+    assert desk.post(f"{PAGE}/{it.pk}/drain?q=there&after=a")["Location"] == page
 
 
 def test_its_queries_do_not_grow(desk: Client, owner: Person, echo: Model) -> None:
