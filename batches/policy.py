@@ -19,7 +19,7 @@ A decision has two steps, and each has one idea.
    interval of Yao, Demers and Shenker, "A scheduling model for reduced CPU energy", 1995). Shares
    are max-min fair by weight. Dividing by n + 1 hands workers out as D'Hondt's method hands out
    seats (Balinski and Young, "Fair representation", 1982). A worker with work left moves only for
-   a claim of a higher rank, or one a quarter better than its own; after it stayed for a multiple
+   a claim of a higher rank, or one better than its own by the factor `BETTER`; after it stayed for a multiple
    of the *measured* seconds its load took; and to work that is worth the swap. Since those under
    way count, the next worker that looks finds the claim answered.
 
@@ -61,9 +61,9 @@ SAFETY = 1.25
 """Deadlines are planned with this much more work than there is by estimate."""
 TIGHT = 0.6
 """Deadlines go first once they need this share of the workers that serve the model."""
-BETTER = 1.25
+BETTER = 1.6
 """A claim must be better than the loaded model's by this factor."""
-RESCUE_STAY, SHARE_STAY = 5.0, 10.0
+RESCUE_STAY, SHARE_STAY = 5.0, 12.0
 """A worker stays this many times the seconds its load took: when a model is at risk, and else. The
 first also after the last real-time request, if nothing is at risk; the second is what a model must
 have to do for each of its workers that another one comes to."""

@@ -247,6 +247,7 @@ urlpatterns = [
         name="operator_organization_moderation",
     ),
     path("operator/people", operator.operator_people, name="operator_people"),
+    path("operator/people/<int:person_id>", operator.operator_person, name="operator_person"),
     path("operator/usage", operator.operator_usage, name="operator_usage"),
     path("operator/system", operator_views.operator_system, name="operator_system"),
     path("operator/workers", workers.operator_workers, name="operator_workers"),

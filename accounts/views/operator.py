@@ -12,21 +12,29 @@ from django.contrib import messages
 from django.http import Http404
 from django.http.response import HttpResponseBase
 from django.shortcuts import redirect, render
+from django.urls import reverse
 from django.views.decorators.http import require_POST, require_safe
 from django_scopes import scopes_disabled
 
-from accounts.errors import BadRequest
+from accounts.errors import BadRequest, NotFound
 from accounts.forms.organizations import SuspendForm
 from accounts.limits import LIMITS
 from accounts.models import Organization, Quota, User
 from accounts.pages import PageRequest, operator_page
 from accounts.paging import page_of
 from accounts.queries import RANKS, organizations_found, own_limits, people_found, ranking
-from accounts.services import audit, organizations
+from accounts.services import audit, organizations, people
 from accounts.views.usage import PRESETS, days_of
 
 PAGE_SIZE = 50
 RANKED = 100
+SAID = {
+    "shut_out": "{} is shut out: signed out everywhere, and keys of theirs do not work.",
+    "let_in": "{} may sign in again, and their keys work.",
+    "made_operator": "{} is an operator now.",
+    "made_no_operator": "{} is no operator any more.",
+}
+"""What each of `people.DECISIONS` came to."""
 
 
 @require_safe
@@ -69,7 +77,26 @@ def operator_people(request: PageRequest, user: User) -> HttpResponseBase:
     query = urlencode({"q": given["q"]}) if given["q"] else ""
     last = str(found[-1].pk) if more else ""
     ctx = {"people": found, "q": given["q"], "after": after, "last": last, "query": query}
+    ctx["here"] = request.GET.urlencode()
     return render(request, "accounts/operator_people.html", ctx)
+
+
+@require_POST
+@operator_page
+def operator_person(request: PageRequest, user: User, person_id: int) -> HttpResponseBase:
+    """Carry out what the operator decided about a person."""
+    decision = request.POST.get("decision", "")
+    if decision not in SAID:
+        raise Http404
+    try:
+        person = people.decide(decision, actor=user, person_id=person_id)
+    except NotFound:
+        raise Http404 from None
+    except BadRequest as error:
+        messages.error(request, error.message)
+    else:
+        messages.success(request, SAID[decision].format(person.email))
+    return redirect(f"{reverse('operator_people')}?{request.GET.urlencode()}".rstrip("?"))
 
 
 @require_safe

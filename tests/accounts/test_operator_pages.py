@@ -12,8 +12,10 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django_scopes import scopes_disabled
 
+from accounts.errors import BadRequest
 from accounts.models import AuditEvent, Organization, Quota, User
 from accounts.services.limits import set_limits
+from accounts.services.people import decide as decide_about
 from accounts.views import operator as views
 from tests.accounts.usage_rows import used
 from tests.conftest import Person
@@ -90,6 +92,65 @@ def test_the_queries_for_people_do_not_grow(desk: Client, owner: Person) -> None
     for name in ("a", "b"):
         User.objects.create_user(f"{name}@x.test")
     assert queries_of(desk, PEOPLE) == of_one
+
+
+def decide(desk: Client, person: User, decision: str) -> str:
+    answer = desk.post(f"{PEOPLE}/{person.pk}?q=acme", {"decision": decision}, follow=True)
+    assert answer.redirect_chain == [(f"{PEOPLE}?q=acme", 302)]
+    return text(answer.content.decode())
+
+
+def test_a_person_is_shut_out_and_let_in_again(desk: Client, teammate: Person) -> None:
+    assert teammate.api.get("/v1/batches").status_code == 200
+    assert "teammate@acme.test is shut out" in decide(desk, teammate.user, "shut_out")
+    assert teammate.browser.get("/batches")["Location"].startswith("/accounts/login/")
+    assert teammate.api.get("/v1/batches").status_code == 401
+    assert "shut out: let them in first" in decide(desk, teammate.user, "made_operator")
+
+    assert "may sign in again" in decide(desk, teammate.user, "let_in")
+    decide(desk, teammate.user, "let_in")
+    assert teammate.api.get("/v1/batches").status_code == 200
+    assert decisions() == ["person.shut_out", "person.let_in"]
+
+
+def test_operators_make_operators_but_decide_nothing_about_themselves(
+    desk: Client, operator: User, teammate: Person
+) -> None:
+    assert "is an operator now" in decide(desk, teammate.user, "made_operator")
+    assert teammate.browser.get(PEOPLE).status_code == 200
+    for decision in ("made_no_operator", "shut_out"):
+        assert "it is about yourself" in decide(desk, operator, decision)
+    assert "is no operator any more" in decide(desk, teammate.user, "made_no_operator")
+    assert teammate.browser.get(PEOPLE).status_code == 404
+    operator.refresh_from_db()
+    assert operator.is_staff and operator.is_active
+    assert decisions() == ["person.made_operator", "person.made_no_operator"]
+
+
+def test_who_was_an_operator_a_moment_ago_decides_nothing(
+    operator: User, teammate: Person
+) -> None:
+    stale = User.objects.get(pk=operator.pk)
+    User.objects.filter(pk=operator.pk).update(is_staff=False)
+    with pytest.raises(BadRequest):
+        decide_about("shut_out", actor=stale, person_id=teammate.user.pk)
+
+
+def test_only_operators_decide_and_only_what_there_is(
+    desk: Client, owner: Person, teammate: Person
+) -> None:
+    path = f"{PEOPLE}/{teammate.user.pk}"
+    assert owner.browser.post(path, {"decision": "shut_out"}).status_code == 404
+    assert desk.post(path, {"decision": "crowned"}).status_code == 404
+    assert desk.post(f"{PEOPLE}/999999", {"decision": "shut_out"}).status_code == 404
+    assert desk.get(path).status_code == 405
+    assert decisions() == []
+
+
+def decisions() -> list[str]:
+    with scopes_disabled():
+        found = AuditEvent.objects.filter(action__startswith="person.").order_by("number")
+        return list(found.values_list("action", flat=True))
 
 
 # --- Usage ----------------------------------------------------------------------------------
