@@ -2,10 +2,6 @@
 
 The portal is the real one; its worker is started only when all batches have been validated, so that
 the time is the run's: from the model being loaded until the last batch's files are written.
-
-`small_vs_big` asks whether the engine is kept as busy by many batches as by one. vLLM's CPU build
-computes on the cores that the portal needs, so it is asked with a core of its own, as a GPU is one,
-and everything else on another. `small_vs_big_shared` lets both use all cores.
 """
 
 from __future__ import annotations
@@ -25,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import psutil
 from openai import OpenAI
 
 from batches.index import RECORD_BYTES
@@ -64,56 +59,22 @@ def run() -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         model = tiny_model(folder / "models")
-        own, others = _cores()
-        with _only_on(others), stacks.running(folder / "apart", "--gpu-workers=0") as stack:
-            stack.manage("register_model", CHAT, f"--source={model}", *VLLM)
-            numbers = _small_and_big(stack, "own_core", _chats, engine_on=own)
-            numbers["small_vs_big"] = numbers["small_vs_big_own_core"]
         with stacks.running(folder / "data", "--gpu-workers=0") as stack:
             stack.instant("echo", **INSTANT)
-            numbers |= _small_and_big(stack, "instant", _instant)
+            numbers = _small_and_big(stack, "instant", _instant)
             stack.manage("register_model", CHAT, f"--source={model}", *VLLM)
-            numbers |= _small_and_big(stack, "shared", _chats)
+            numbers |= _small_and_big(stack, "vllm", _chats)
+            numbers["small_vs_big"] = numbers["small_vs_big_vllm"]
             stack.manage("register_model", CHAT, f"--source={model}", *VLLM, SMALL_CACHE)
             return numbers | _ordered_and_not(stack)
-
-
-def _cores() -> tuple[set[int], set[int]]:
-    """One for the engine, and one for everything else."""
-    own, other, *_ = sorted(os.sched_getaffinity(0))
-    return {own}, {other}
-
-
-@contextmanager
-def _only_on(cores: set[int]) -> Iterator[None]:
-    """What is started meanwhile runs on these cores only."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def _move_engine(worker: int, cores: set[int]) -> None:
-    """Have every thread of the worker's children, which are the engine's, run on these cores."""
-    for child in psutil.Process(worker).children(recursive=True):
-        for thread in child.threads():
-            os.sched_setaffinity(thread.id, cores)
 
 
 # --- Many small batches against one big one -------------------------------------------------------
 
 
-def _small_and_big(
-    stack: Stack,
-    name: str,
-    content: Callable[[range], bytes],
-    engine_on: set[int] | None = None,
-) -> dict[str, float]:
+def _small_and_big(stack: Stack, name: str, content: Callable[[range], bytes]) -> dict[str, float]:
     small = [content(range(at, at + REQUESTS_A_SMALL)) for at in range(0, BIG, REQUESTS_A_SMALL)]
-    run = partial(_run, stack, engine_on=engine_on)
-    pairs = [(run(small), run([content(range(BIG))])) for _ in range(PAIRS)]
+    pairs = [(_run(stack, small), _run(stack, [content(range(BIG))])) for _ in range(PAIRS)]
     ratio = statistics.median(a.speed / b.speed for a, b in pairs)
     print(f"  small_vs_big_{name}: {ratio:.3f}", flush=True)  # the rest takes minutes more
     return {
@@ -198,7 +159,6 @@ def _run(
     contents: Sequence[bytes],
     *,
     spoil: Callable[[Stack, str], None] = lambda stack, batch_id: None,
-    engine_on: set[int] | None = None,
 ) -> Ran:
     """Have batches of these contents validated, then start a worker and wait for their files."""
     client = stack.client()
@@ -206,10 +166,7 @@ def _run(
     for batch_id in ids:
         stacks.wait_for(partial(_is_ready, client, batch_id))
         spoil(stack, batch_id)
-    with _worker(stack) as (worker, log):
-        if engine_on:
-            stacks.wait_for(lambda: _moments(log, "model loaded"))
-            _move_engine(worker, engine_on)
+    with _worker(stack) as log:
         batches = [stacks.finished(client, batch_id, seconds=900, pause=0.5) for batch_id in ids]
         begun = _moments(log, "model loaded")[-1]
     ended = max(_moments(stack.data_dir / "serve.log", "finalized"))
@@ -229,8 +186,8 @@ def _is_ready(client: OpenAI, batch_id: str) -> bool:
 
 
 @contextmanager
-def _worker(stack: Stack) -> Iterator[tuple[int, Path]]:
-    """A GPU worker that has nothing loaded; yields its pid and its log."""
+def _worker(stack: Stack) -> Iterator[Path]:
+    """A GPU worker that has nothing loaded; yields its log."""
     log = stack.data_dir / "worker.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -241,7 +198,7 @@ def _worker(stack: Stack) -> Iterator[tuple[int, Path]]:
             stderr=out,
         )
     try:
-        yield process.pid, log
+        yield log
     finally:
         process.terminate()
         process.wait(60)
