@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from django.db.models import Q
 from django.utils import timezone
 
 from accounts.access import Caller
@@ -21,9 +22,8 @@ from batches.models.batches import UNFINISHED, ChunkState, Status
 from models_registry.models import Model
 from models_registry.queries import offered_to
 
-LOOKED_AT = 100
-"""Unfinished batches that are sorted into running and waiting: those that workers are at, and the
-oldest, which run first."""
+LOOKED_AT = 20
+"""Unfinished batches of each kind that are looked at: those that are under way, and the oldest."""
 NEWEST = 500
 """Batches among which those are looked for that ended well but for some requests."""
 RECENT = timedelta(days=7)
@@ -47,12 +47,13 @@ class Unfinished:
 def unfinished() -> Unfinished:
     """In three queries at most. A batch runs once it has answers, or a worker is at it."""
     mine = Batch.objects.filter(status__in=UNFINISHED)
-    found = list(mine.select_related(*RELATED).order_by("pk")[:LOOKED_AT])
+    full = mine.select_related(*RELATED).order_by("pk")
+    found = list(full[:LOOKED_AT])
     total = len(found)
     if total == LOOKED_AT:
         leased = Chunk.objects.filter(state=ChunkState.LEASED).values("batch")
-        served = mine.filter(pk__in=leased, pk__gt=found[-1].pk)
-        found += served.select_related(*RELATED).order_by("pk")[:LOOKED_AT]
+        under_way = Q(pk__in=leased) | Q(status__in=(Status.FINALIZING, Status.CANCELLING))
+        found += full.filter(under_way, pk__gt=found[-1].pk)[:LOOKED_AT]
         total = mine.count()
     running = [batch for batch in found if _runs(batch)]
     waiting = [batch for batch in found if not _runs(batch)]
@@ -72,18 +73,14 @@ def failures() -> list[Batch]:
     Of the last kind, which no index knows, only those among the newest batches.
     """
     # One by one: in one query, PostgreSQL would rather look at all that there ever were.
-    since = timezone.now() - RECENT
     newest = Batch.objects.order_by("-pk")
-    failed = newest.values_list("pk", "status", "failed", "created_at")[:NEWEST]
-    bad = [
-        pk for pk, status, some, at in failed if some and status == Status.COMPLETED and at >= since
-    ][:MOST_FAILURES]
+    recent = newest.filter(created_at__gte=timezone.now() - RECENT)
+    some = newest.values_list("pk", "status", "failed")[:NEWEST]
+    bad = [pk for pk, status, failed in some if failed and status == Status.COMPLETED]
+    bad = bad[:MOST_FAILURES]
     for status in _BAD:
-        bad += newest.filter(status=status, created_at__gte=since).values_list("pk", flat=True)[
-            :MOST_FAILURES
-        ]
-    found = newest.filter(pk__in=bad).select_related(*RELATED)
-    return list(found[:MOST_FAILURES])
+        bad += recent.filter(status=status).values_list("pk", flat=True)[:MOST_FAILURES]
+    return list(recent.filter(pk__in=bad).select_related(*RELATED)[:MOST_FAILURES])
 
 
 def has_run() -> bool:

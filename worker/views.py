@@ -22,7 +22,7 @@ from worker import queries, services
 from worker.models import Health, Worker, WorkerState
 from worker.queries import Running, Swaps
 
-PAGE_SIZE = 24
+PAGE_SIZE = 12
 LOOKS: Mapping[str, tuple[str, str]] = {
     WorkerState.STARTING: ("azure", "Starting"),
     WorkerState.IDLE: ("secondary", "Idle"),
