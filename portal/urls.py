@@ -252,6 +252,11 @@ urlpatterns = [
     path("operator/system", operator_views.operator_system, name="operator_system"),
     path("operator/workers", workers.operator_workers, name="operator_workers"),
     path(
+        "operator/workers/all/<str:action>",
+        workers.operator_workers_all,
+        name="operator_workers_all",
+    ),
+    path(
         "operator/workers/<int:worker_id>/drain",
         workers.operator_worker_drain,
         name="operator_worker_drain",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
@@ -14,7 +15,7 @@ from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.views.decorators.http import require_POST, require_safe
 
-from accounts.errors import ApiError
+from accounts.errors import ApiError, NotFound
 from accounts.models import User
 from accounts.pages import PageRequest, operator_page
 from models_registry.models import ModelLoad
@@ -32,6 +33,11 @@ LOOKS: Mapping[str, tuple[str, str]] = {
     WorkerState.STOPPED: ("secondary", "Stopped"),
 }
 """The colour and the word of each state."""
+ALL: Mapping[str, tuple[Callable[..., object], str]] = {
+    "drain": (services.drain, "Asked {} to finish what they have and begin nothing more."),
+    "resume": (services.resume, "Asked {} to take work again."),
+}
+"""What all workers that were found can be asked, and what is said of it."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +86,28 @@ class Row:
         return f"{used / 1024:.1f} of {total / 1024:.1f} GiB" if total else "not known"
 
 
+def _asked(request: PageRequest) -> tuple[str, str, str]:
+    """What of the workers is shown: the kind, the text that is looked for, after which name."""
+    show, text, after = (
+        request.GET.get(key, "").replace("\0", "") for key in ("show", "q", "after")
+    )
+    return show, text.strip()[:150], after
+
+
 @require_safe
 @operator_page
 def operator_workers(request: PageRequest, user: User) -> HttpResponseBase:
-    asked = {key: request.GET.get(key, "").replace("\0", "") for key in ("show", "q", "after")}
-    show, text = asked["show"], asked["q"].strip()[:150]
-    rows, more = _rows(show, text, asked["after"])
+    show, text, after = _asked(request)
+    rows, more = _rows(show, text, after)
     found = {key: value for key, value in (("show", show), ("q", text)) if value}
     ctx = {
         "rows": rows,
+        "found": queries.find_workers(show, text).count(),
         "fleet": queries.fleet(),
         "kinds": [(kind, words) for kind, (words, _) in queries.SHOWN.items()],
         "show": show,
         "q": text,
-        "after": asked["after"],
+        "after": after,
         "here": request.GET.urlencode(),
         "first": urlencode(found),
         "next": urlencode(found | {"after": rows[-1].worker.name}) if more else "",
@@ -146,6 +160,22 @@ def operator_worker_unload(request: PageRequest, user: User, worker_id: int) -> 
 def operator_worker_forget(request: PageRequest, user: User, worker_id: int) -> HttpResponseBase:
     said = "{} is forgotten."
     return _ask(request, worker_id, said, lambda name: services.forget(actor=user, name=name))
+
+
+@require_POST
+@operator_page
+def operator_workers_all(request: PageRequest, user: User, action: str) -> HttpResponseBase:
+    """Drain or resume all workers that are found, on whatever page."""
+    if action not in ALL:
+        raise Http404
+    service, said = ALL[action]
+    show, text, _ = _asked(request)
+    names = list(queries.find_workers(show, text).values_list("name", flat=True))
+    for name in names:
+        with suppress(NotFound):  # forgotten meanwhile
+            service(actor=user, name=name)
+    messages.success(request, said.format(f"{len(names)} worker{'' if len(names) == 1 else 's'}"))
+    return redirect(f"{reverse('operator_workers')}?{request.GET.urlencode()}".rstrip("?"))
 
 
 def _ask(

@@ -127,9 +127,7 @@ def test_operators_make_operators_but_decide_nothing_about_themselves(
     assert decisions() == ["person.made_operator", "person.made_no_operator"]
 
 
-def test_who_was_an_operator_a_moment_ago_decides_nothing(
-    operator: User, teammate: Person
-) -> None:
+def test_who_was_an_operator_a_moment_ago_decides_nothing(operator: User, teammate: Person) -> None:
     stale = User.objects.get(pk=operator.pk)
     User.objects.filter(pk=operator.pk).update(is_staff=False)
     with pytest.raises(BadRequest):

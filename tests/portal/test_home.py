@@ -143,7 +143,9 @@ def test_what_failed_is_shown_however_many_newer_ones_ended_well(
     jobs.change(old, created_at=now - timedelta(days=8))
     for _ in range(2):
         batch_of(owner, status=Status.COMPLETED, completed_at=now, total=1, completed=1)
-    some = batch_of(owner, status=Status.COMPLETED, completed_at=now, total=2, completed=1, failed=1)
+    some = batch_of(
+        owner, status=Status.COMPLETED, completed_at=now, total=2, completed=1, failed=1
+    )
     response = owner.browser.get("/")
     assert ids(section(response, "Needs a look")) == [some.pk, expired.pk, failed.pk]
 

@@ -157,7 +157,15 @@ def test_all_are_counted_and_each_kind_can_be_shown(
     worker("was", heartbeat_at=ago, state=WorkerState.STOPPED)
     said = "2 running, 1 silent, 1 stopped; 3,000 tokens a second in all"
     assert said in shown(desk).replace(" ,", ",").replace(" ;", ";")
-    asked = ("?after=b", "?show=silent", "?show=stopped", "?q=THERE", "?q=echo", "?q=was", "?show=x")
+    asked = (
+        "?after=b",
+        "?show=silent",
+        "?show=stopped",
+        "?q=THERE",
+        "?q=echo",
+        "?q=was",
+        "?show=x",
+    )
     assert [names(desk, query) for query in asked] == [
         ["quiet"],
         ["quiet"],
@@ -177,6 +185,29 @@ def test_who_asked_something_of_a_worker_stays_on_the_page(desk: Client) -> None
     page = f"{PAGE}?q=there&after=a"
     assert f"/{it.pk}/drain?q=there&amp;after=a" in desk.get(page).content.decode()
     assert desk.post(f"{PAGE}/{it.pk}/drain?q=there&after=a")["Location"] == page
+
+
+def test_all_that_are_found_are_drained_and_resumed_on_whatever_page(
+    desk: Client, owner: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "PAGE_SIZE", 1)
+    for name, host in (("a", "here"), ("b", "there"), ("c", "there")):
+        worker(name, host=host)
+    worker("d", host="there", state=WorkerState.STOPPED)
+    assert "Drain all 2" in shown(desk, "?q=there")
+    page = desk.post(f"{PAGE}/all/drain?q=there", follow=True).content.decode()
+    assert "Asked 2 workers to finish what they have" in page
+    draining = Worker.objects.filter(draining=True).order_by("name")
+    assert list(draining.values_list("name", flat=True)) == ["b", "c"]
+    assert actions() == [
+        ("worker.drained", "operator@portal.test", "b"),
+        ("worker.drained", "operator@portal.test", "c"),
+    ]
+    desk.post(f"{PAGE}/all/resume")
+    assert not draining.exists()
+    assert desk.post(f"{PAGE}/all/forget").status_code == 404
+    assert desk.get(f"{PAGE}/all/drain").status_code == 405
+    assert owner.browser.post(f"{PAGE}/all/drain").status_code == 404
 
 
 def test_its_queries_do_not_grow(desk: Client, owner: Person, echo: Model) -> None:
