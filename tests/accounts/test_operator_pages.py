@@ -123,7 +123,7 @@ def test_operators_make_operators_but_decide_nothing_about_themselves(
     assert "is no operator any more" in decide(desk, teammate.user, "made_no_operator")
     assert teammate.browser.get(PEOPLE).status_code == 404
     operator.refresh_from_db()
-    assert operator.is_staff and operator.is_active
+    assert (operator.is_staff, operator.is_active) == (True, True)
     assert decisions() == ["person.made_operator", "person.made_no_operator"]
 
 
