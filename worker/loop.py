@@ -43,6 +43,8 @@ UNSAVED_AT_MOST, UNSAVED_BYTES = 5000, 256 * 1024 * 1024
 """With more results waiting (the database is away), nothing new is fed."""
 POLL_SECONDS = 3.0
 """How soon a lost wake-up is made up for."""
+APART_SECONDS = 0.3
+"""With nothing to be had, wake-ups make a worker look at the queue no more often."""
 STALL_SECONDS = 3600.0
 """An engine with requests in flight that answers none for this long is taken for dead; the longest
 answers (tens of thousands of tokens, with many at once) take less."""
@@ -96,7 +98,10 @@ class LeaseLoop:
         self._unreadable: dict[str, float] = {}
         """Batches to leave out, and until when (`time.monotonic()`)."""
         self._savers: set[asyncio.Task[None]] = set()
+        self._readers: set[asyncio.Task[None]] = set()
         self._ask_again_at = 0.0
+        self._vain_at = float("-inf")
+        """When a look at the whole queue last brought nothing."""
 
     # --- From other threads -----------------------------------------------------------------
 
@@ -112,8 +117,7 @@ class LeaseLoop:
 
     def wake(self) -> None:
         """There may be a chunk to lease."""
-        self._ask_again_at = 0.0
-        self._call(lambda: self._changed.set())
+        self._call(self._look_soon)
 
     def stop(self) -> None:
         """Feed nothing more, save what is done, give the rest back, end the engine."""
@@ -199,10 +203,29 @@ class LeaseLoop:
 
     # --- Leasing and loading ----------------------------------------------------------------
 
+    def _look_soon(self) -> None:
+        """Look at the queue; where that was in vain a moment ago, a little later.
+
+        What nobody can run comes back again and again, and may wake all workers each time.
+        """
+        early = min(self._ask_again_at - time.monotonic(), APART_SECONDS)
+        if early > 0:
+            self._ask_again_at = time.monotonic() + early
+            self._turn_in(early)
+        self._changed.set()
+
+    def _turn_in(self, seconds: float) -> None:
+        asyncio.get_running_loop().call_later(seconds, self._changed.set)
+
     async def _begin(self) -> None:
         """With nothing in hand: lease what the policy likes best, and load its model if need be."""
+        early = self._vain_at + APART_SECONDS - time.monotonic()
+        if early > 0:
+            self._turn_in(early)
+            return
         lease = None if self._holds_back else await self._lease(only=None)
         if lease is None:
+            self._vain_at = time.monotonic()
             await self._load_asked()
             self.status.state = self._state_without_work()
             return
@@ -210,7 +233,7 @@ class LeaseLoop:
         loaded = await self._ensure_loaded(lease.model)
         wanted, self._loading_for = self._loading_for is not None, None
         if loaded and wanted and not self._stopping:
-            await self._take(lease)
+            self._take(lease)
         else:
             await self._database.run(leases.give_back, lease)
 
@@ -241,8 +264,8 @@ class LeaseLoop:
         engine = self.host.engine
         if engine is None or self._holds_back or time.monotonic() < self._ask_again_at:
             return False
-        if any(each.alone for each in self._works):
-            return False
+        if any(each.alone or each.reading for each in self._works):
+            return False  # what is being read will be waiting, too
         able = [each for each in self._works if not each.dropped]
         requests = sum(len(each.todo) for each in able)
         return self.feed.wants(engine, requests, sum(each.waiting_tokens for each in able))
@@ -261,7 +284,7 @@ class LeaseLoop:
         if lease is None:
             self._ask_again_at = time.monotonic() + 1.0
         else:
-            await self._take(lease)
+            self._take(lease)
 
     async def _lease(self, *, only: str | None) -> Lease | None:
         return await self._database.run(
@@ -301,17 +324,30 @@ class LeaseLoop:
         unreadable = (batch for batch, until in self._unreadable.items() if until > now)
         return [*await self.host.avoided(), *unreadable]
 
-    async def _take(self, lease: Lease) -> None:
-        """Read the chunk and begin to feed it."""
+    def _take(self, lease: Lease) -> None:
+        """Hold the chunk from now on, and have it read."""
+        of = Work(lease, reading=True)
+        self._works.append(of)
+        reader = asyncio.create_task(self._read(of))
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
+
+    async def _read(self, of: Work) -> None:
+        """Read the chunk, to be fed; one that cannot be read is given back, and left out a while."""
         try:
-            taken = await self._database.run(work.read, lease)
-        except OSError as error:
-            logger.error("chunk cannot be read", batch_id=lease.batch_id, error=str(error))
-            self._unreadable[lease.batch_id] = time.monotonic() + RETRY_READ
-            await self._database.run(leases.give_back, lease)
-            return
-        self._works.append(taken)
-        self._changed.set()
+            await work.read(of, self._database)
+        except GaveUp:
+            of.drop(lost=True)
+        except Exception as error:
+            if isinstance(error, OSError):
+                logger.error("chunk cannot be read", batch_id=of.lease.batch_id, error=str(error))
+            else:
+                logger.exception("chunk cannot be read", batch_id=of.lease.batch_id)
+            self._unreadable[of.lease.batch_id] = time.monotonic() + RETRY_READ
+            of.unreadable = True
+            of.drop()
+        finally:
+            self._changed.set()
 
     async def _ensure_loaded(self, name: str) -> bool:
         async with self.lane.loading(name):
@@ -557,7 +593,7 @@ class LeaseLoop:
                 leases.save, lease=of.lease, outcomes=outcomes, finished=finished, wasted=wasted
             )
         if last and of.dropped:
-            await self._database.run(leases.give_back, of.lease)
+            await self._database.run(leases.give_back, of.lease, wake=not of.unreadable)
 
     def _drop(self, lease: Lease, *, lost: bool) -> None:
         why = "lease lost" if lost else "batch no longer wants it"

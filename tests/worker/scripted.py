@@ -308,6 +308,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
 
 def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(loops, "APART_SECONDS", 0.01)
     monkeypatch.setattr(loops, "SAVE_SECONDS", 0.05)
     monkeypatch.setattr(loops, "FINISH_SECONDS", 0.2)
     monkeypatch.setattr("worker.database.FIRST_PAUSE", 0.02)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +18,15 @@ from typing import Any
 import orjson
 import psutil
 import pytest
-from django.db import DEFAULT_DB_ALIAS, connections
 
 from models_registry.models import Measurement, Model, ModelLoad
 from models_registry.services import register_model, retry_model
-from tests.jobs import wait_for
+from tests.jobs import TheTests, wait_for
 from tests.worker import scripted
 from tests.worker.conftest import Loop
 from tests.worker.scripted import Gpu, Script, text
 from tests.worker.test_ladder import CACHE, SAMPLER, WEIGHTS, taken
 from worker import hosting, memory
-from worker.database import Database
 from worker.engines.base import Answer, LoadFailed, ModelSpec
 from worker.hosting import Host
 from worker.memory import Memory
@@ -53,23 +51,6 @@ def data_dir(tmp_path: Path, settings: Any) -> Path:
 def models() -> None:
     for name in NAMES:
         register_model(name=name, source=f"org/{name}")
-
-
-class TheTests(Database):
-    """The test's own connection, and so its transaction, in the database's thread: the test waits
-    meanwhile."""
-
-    def __init__(self) -> None:
-        mine = connections[DEFAULT_DB_ALIAS]
-        mine.inc_thread_sharing()
-        self._thread = ThreadPoolExecutor(
-            1, initializer=lambda: connections.__setitem__(DEFAULT_DB_ALIAS, mine)
-        )
-        self.give_up_at = None
-
-    def close(self) -> None:
-        self._thread.shutdown()
-        connections[DEFAULT_DB_ALIAS].dec_thread_sharing()
 
 
 class Running(Host):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,20 @@ def failed_with(batch: Batch) -> list[tuple[str, str]]:
 def suspects(batch: Batch) -> dict[int, int]:
     with scopes_disabled():
         return dict(Suspect.objects.filter(batch=batch).values_list("line", "deaths"))
+
+
+class Store:
+    """A storage that answers no worker from now on, until its gate is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked, self.gate = threading.Event(), threading.Event()
+        self.pieces = storage.pieces
+        monkeypatch.setattr(storage, "pieces", self.slowly)
+
+    def slowly(self, name: str, spans: Any) -> Any:
+        self.asked.set()
+        self.gate.wait(60)
+        return self.pieces(name, spans)
 
 
 # --- Running and saving ---------------------------------------------------------------------
@@ -322,6 +337,45 @@ def test_without_wake_ups_work_is_found_by_looking(owner: Person, script: Script
     with running() as it:
         wait_for(lambda: it.loop.status.state == WorkerState.IDLE)
         whole(jobs.running(owner.caller, 3), 3)
+
+
+def test_wake_ups_in_a_row_make_a_few_looks(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while something is in hand. The last of them is not lost."""
+    monkeypatch.setattr(loops, "POLL_SECONDS", 3_600)
+    monkeypatch.setattr(loops, "APART_SECONDS", 0.5)
+    lease_next, looks = leases.lease_next, list[float]()
+
+    def counted(**given: Any) -> Any:
+        looks.append(time.monotonic())
+        return lease_next(**given)
+
+    def pester(loop: LeaseLoop) -> None:
+        looks.clear()
+        for _ in range(100):
+            loop.wake()
+            time.sleep(0.01)
+        assert all(after - before > 0.4 for before, after in pairwise(looks))
+
+    monkeypatch.setattr(leases, "lease_next", counted)
+    with running() as it:
+        wait_for(lambda: it.loop.status.state == WorkerState.IDLE)
+        pester(it.loop)
+        batch = jobs.running(owner.caller, 3)
+        it.loop.wake()
+        whole(batch, 3)
+        script.reply = hold
+        batch = jobs.running(owner.caller, 3)
+        it.loop.wake()
+        wait_for(lambda: len(script.flying) == 3)
+        pester(it.loop)
+        more = jobs.running(owner.caller, 3)
+        it.loop.wake()
+        wait_for(lambda: len(script.flying) == 4)
+        script.reply = answer
+        whole(batch, 3)
+        whole(more, 3)
 
 
 def test_a_worker_that_drains_takes_nothing_more(
@@ -927,6 +981,79 @@ def test_a_chunk_that_cannot_be_read_is_given_back(
         wait_for(lambda: jobs.fresh(batch).status == Status.FINALIZING)
     monkeypatch.undo()
     assert (away, jobs.journal(batch)) == ([0], [1, 2, 3, 4, 5])
+
+
+def test_a_chunk_that_cannot_be_read_wakes_nobody(
+    owner: Person,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    wakeups_sent: list[tuple[str, ...]],
+) -> None:
+    def away(name: str) -> Any:
+        raise OSError("the storage is away")
+
+    batch = jobs.running(owner.caller, 5)
+    wakeups_sent.clear()
+    monkeypatch.setattr("worker.work.storage.opened", away)
+    with running() as it:
+        wait_for(lambda: batch.pk in it.loop._unreadable)
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+        assert ("worker.tasks.wake",) not in wakeups_sent
+
+
+def test_a_slow_store_holds_up_no_save_and_costs_no_lease(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.reply = hold
+    first = jobs.running(owner.caller, 3)
+    with running() as it:
+        wait_for(lambda: len(script.flying) == 3)
+        store = Store(monkeypatch)
+        second = jobs.running(owner.caller, 4)
+        assert store.asked.wait(60)
+        [mine] = [lease for lease in it.loop.held() if lease.batch_id == second.pk]
+        jobs.expire_lease(mine.chunk_id)
+        heart_of(it.loop)._renew()
+        assert leases.release_expired() == 0
+        script.reply = answer
+        whole(first, 3)
+        store.gate.set()
+        whole(second, 4)
+        assert [attempts for _, attempts in jobs.states(second)] == [0]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_chunk_that_is_dropped_while_it_is_read_is_let_go_at_once(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    store = Store(monkeypatch)
+    batch = jobs.running(owner.caller, 3)
+    with running() as it:
+        assert store.asked.wait(60)
+        [lease] = it.loop.held()
+        it.loop.draining = True
+        it.loop.let_go(lease, lost=lost)
+        wait_for(lambda: it.loop.held() == [])
+        assert jobs.states(batch) == [("leased" if lost else "ready", 0)]
+        store.gate.set()
+        wait_for(lambda: not it.loop._readers)
+        assert (it.loop.held(), script.asked) == ([], [])
+
+
+def test_a_chunk_that_a_bug_keeps_from_being_read_is_not_taken_for_one_without_lines(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(name: str) -> Any:
+        raise ZeroDivisionError
+
+    batch = jobs.running(owner.caller, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("worker.work.storage.opened", bug)
+        with running() as it:
+            wait_for(lambda: batch.pk in it.loop._unreadable)
+            wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+    with running("gpu1"):
+        whole(batch, 3)
 
 
 def _short_sleep(sleep: Any) -> Any:
