@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 from cryptography.fernet import InvalidToken
+from django.conf import settings
 
 from accounts import secrets
 from models_registry import services as registry
@@ -49,6 +50,10 @@ DONE = {
     Change.UNLOAD: "unloaded",
 }
 NOBODY = "Nobody waits for it any more."
+TOO_LONG = (
+    "It was not loaded within {} seconds, so its load was ended. If it only takes longer (a large "
+    "download, a slow disk), raise LOAD_SECONDS; else see the worker's log for what it waited for."
+)
 MOST_LESSENED = 3
 """How often in a worker's life a model that ran out of memory is loaded anew with less at once,
 before the requests in flight are suspected as after any other death."""
@@ -399,16 +404,23 @@ class Host:
     async def _supervised(self, engine: Engine, work: Coroutine[Any, Any, None]) -> None:
         """Do it, and write down all the while which processes there are: a kill may come then.
 
-        Neither a stop nor a change of mind waits for it: it is cancelled, its processes are ended.
+        Neither a stop nor a change of mind waits for it, nor does anybody for ever: it is cancelled,
+        its processes are ended.
         """
         task = asyncio.create_task(work)
+        limit, is_late = time.monotonic() + settings.LOAD_SECONDS, False
         while not task.done():
             await asyncio.wait([task], timeout=REMEMBER_SECONDS)
             await self._remember(engine.pids())
-            if self._is_given_up and not task.done():
+            is_late = is_late or (time.monotonic() > limit and not task.done())
+            if (is_late or self._is_given_up) and not task.done():
                 if not task.cancelling():  # once: a second one would break into its clean-up
                     task.cancel()
                 await asyncio.to_thread(orphans.end, engine.pids())
+        if is_late and not self._is_given_up:
+            raise LoadFailed(TOO_LONG.format(settings.LOAD_SECONDS)) from (
+                None if task.cancelled() else task.exception()
+            )
         if task.cancelled():
             raise LoadCancelled(NOBODY)
         await task

@@ -99,6 +99,7 @@ class LeaseLoop:
         """Batches to leave out, and until when (`time.monotonic()`)."""
         self._savers: set[asyncio.Task[None]] = set()
         self._readers: set[asyncio.Task[None]] = set()
+        self._giving_back: asyncio.Task[None] | None = None
         self._ask_again_at = 0.0
         self._vain_at = float("-inf")
         """When a look at the whole queue last brought nothing."""
@@ -132,6 +133,8 @@ class LeaseLoop:
 
     def held(self) -> list[Lease]:
         """The leases to keep alive."""
+        # While a model loads nobody else looks, and a driver that hangs tells nothing of itself.
+        self.guard.look()
         loading = self._loading_for
         leased = [each.lease for each in list(self._works) if not each.lost]
         return [*leased, loading] if loading is not None else leased
@@ -351,7 +354,8 @@ class LeaseLoop:
 
     async def _ensure_loaded(self, name: str) -> bool:
         async with self.lane.loading(name):
-            loaded = await self.host.ensure(name)
+            # A load may never end on a GPU that was found sick meanwhile, and is not begun there.
+            loaded = not self.guard.verdict.gives_back and await self.host.ensure(name)
         if loaded and self.host.engine is not None:
             self.host.engine.on_report = self._feed
             self._engine_dead, self._answered_at = False, time.monotonic()
@@ -627,11 +631,15 @@ class LeaseLoop:
         self.wake()
 
     def _forget_loading(self) -> None:
-        """The chunk that waits for a model to load here is not kept for it, and on a sick GPU the
+        """The chunks that wait for a model to load here are not kept for it, and on a sick GPU the
         load, which may never come to an end, is not either."""
-        if self._loading_for is not None and self.guard.verdict.health == Health.SICK:
-            self.host.cancel(self._loading_for.model)
         self._loading_for = None
+        if not self.host.coming:
+            return
+        if self.guard.verdict.health == Health.SICK:
+            self.host.cancel(self.host.coming)
+        if self._works:  # of an engine that died: their model is loaded anew
+            self._giving_back = asyncio.create_task(self._give_all_back())
 
     async def _give_up_gpu(self) -> None:
         """Let others have the chunks; a sick GPU's engine goes, and no request is to blame."""
@@ -653,13 +661,14 @@ class LeaseLoop:
         await self._give_all_back()
 
     async def _give_all_back(self) -> None:
-        for each in self._works:
+        ending = list(self._works)
+        for each in ending:
             each.drop()
         await self._stop_flying(wait=0)
-        while self._works and not self._gave_up():
+        while any(each in self._works for each in ending) and not self._gave_up():
             self._save_due()
             await asyncio.wait([*self._savers, asyncio.create_task(asyncio.sleep(0.05))])
-        self._works.clear()
+        self._works = [each for each in self._works if each not in ending]
 
     def _gave_up(self) -> bool:
         limit = self._database.give_up_at

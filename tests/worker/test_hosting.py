@@ -253,6 +253,26 @@ def test_what_can_be_known_beforehand_costs_the_other_model_nothing(
     assert script.happened == ["load a"]
 
 
+def test_a_load_that_never_ends_is_ended(host: Running, script: Script, settings: Any) -> None:
+    settings.LOAD_SECONDS = 0
+    script.hangs, process = "load", _process()
+    script.pids = {"a": [process.pid]}
+    try:
+        assert not host.use("a")
+        assert not psutil.pid_exists(process.pid)  # what it had started is ended
+    finally:
+        process.kill()
+        process.wait()
+    said = (
+        "It was not loaded within 0 seconds, so its load was ended. If it only takes longer (a "
+        "large download, a slow disk), raise LOAD_SECONDS; else see the worker's log for what it "
+        "waited for."
+    )
+    assert (Model.objects.get(name="a").load_error, host.left_out()) == (said, ["a"])
+    assert history("a") == [("load", said)]
+    assert (host.engine, script.happened[-1]) == (None, "unload a")
+
+
 def test_an_engines_bug_while_it_loads_leaves_nothing(host: Running, script: Script) -> None:
     script.load_error = lambda spec: KeyError("a bug")
     assert not host.use("a")
