@@ -181,6 +181,7 @@ class LeaseLoop:
         if self.guard.look().gives_back:
             await self._give_up_gpu()
         self._look_for_stall()
+        await self._look_for_death()
         if self._engine_dead:
             await self._revive()
         await self.host.tend()
@@ -370,7 +371,7 @@ class LeaseLoop:
             return
         # Beside what real-time requests take, so much is kept free for more of them.
         self.feed.headroom = self.lane.headroom + self.lane.in_flight
-        if self._may_feed():
+        if self._may_feed() and not engine.gone():
             self._fill(engine)
         self.status.fullness = self.feed.fullness(engine)
 
@@ -414,6 +415,7 @@ class LeaseLoop:
             line = orjson.loads(request.text)
             answer = await engine.answer(of.lease.endpoint, line["body"])
             self._answered_at = time.monotonic()
+            self.host.answered()
             self.status.tokens += answer.usage.input + answer.usage.output
             gpu_seconds = self._clock.share(request.begun) * engine.gpus
             of.record(work.answered(request, line["custom_id"], answer, gpu_seconds))
@@ -462,7 +464,7 @@ class LeaseLoop:
     def _may_take(self) -> bool:
         """Whether real-time requests may join what is in the engine: but for suspects, which are
         tried alone once all else is done."""
-        is_away = self._engine_dead or self._stopping or self._holds_back
+        is_away = self._engine_dead or self.host.is_gone or self._stopping or self._holds_back
         only_suspects = any(each.alone for each in self._works) and not any(
             each.waiting for each in self._works
         )
@@ -501,13 +503,23 @@ class LeaseLoop:
         if self._is_flying() and time.monotonic() - self._answered_at > STALL_SECONDS:
             self._engine_died(f"no answer for {STALL_SECONDS:.0f} seconds")
 
+    async def _look_for_death(self) -> None:
+        """An engine may die with nothing in flight: what would come next is not to be blamed."""
+        if self._engine_dead or self.status.in_flight or not self.host.is_gone:
+            return
+        self._engine_died("it died with nothing in flight")
+        if not self._works:  # so that whatever comes next may be of another model
+            await self.host.unload()
+            self._engine_dead = False
+
     def _survive(self, of: Work, request: Request) -> None:
         """Queue a request again that was in flight at a death, unless it has now shown its guilt.
 
-        When there was too little memory for all of them, none is suspected.
+        When there was too little memory for all of them, none is suspected. An engine that has
+        answered nothing at all proves nobody's guilt.
         """
         alone, request.tried_alone = request.tried_alone, False
-        if alone and request.deaths > ALONE_AFTER:
+        if alone and request.deaths > ALONE_AFTER and self.host.has_answered:
             self._guilt_shown = True
             of.record(work.crashed(request))
             return
@@ -518,22 +530,39 @@ class LeaseLoop:
 
     async def _revive(self) -> None:
         """Count the death against what was in flight, and load the model anew, with less at once
-        where it died for want of memory."""
+        where it died for want of memory.
+
+        An engine that had answered nothing may itself be to blame: others get the chunks.
+        """
         await self._stop_flying(wait=2.0)
         await self.lane.clear(2.0, CRASHED)
         await asyncio.to_thread(self.guard.look_now, LOOK_SECONDS)
         if self.guard.verdict.gives_back:
             return
+        is_spared = self._died_with > 0
         await self._learn_of_memory()
-        casualties, self._casualties = self._casualties, []
-        for batch_id in {batch_id for batch_id, _ in casualties}:
-            lines = [line for batch, line in casualties if batch == batch_id]
-            await self._database.run(leases.accuse, batch_id, lines)
+        await self._accuse()
+        if not (self.host.has_answered or is_spared):
+            await self._leave_model("It died before it had answered anything.")
+            return
         name = self.status.loaded
         await self.host.unload()
         self._engine_dead = False
         if not await self._ensure_loaded(name):
             await self._give_all_back()
+
+    async def _accuse(self) -> None:
+        casualties, self._casualties = self._casualties, []
+        for batch_id in {batch_id for batch_id, _ in casualties}:
+            lines = [line for batch, line in casualties if batch == batch_id]
+            await self._database.run(leases.accuse, batch_id, lines)
+
+    async def _leave_model(self, why: str) -> None:
+        """Let others have the chunks, and try the model again later; nobody waits here meanwhile."""
+        await self._give_all_back()
+        logger.error("model left out", model=self.status.loaded, error=why)
+        await self.host.leave_out(why)
+        self._engine_dead = False
 
     async def _learn_of_memory(self) -> None:
         if self._died_with:

@@ -56,7 +56,7 @@ class Script:
         self.sleep_error = self.wake_error = no_trouble
         self.options: dict[str, Any] = {}
         self.sleeps = False
-        self.canary: Callable[[ScriptedEngine], Answer] = lambda engine: text(engine.spec.name)
+        self.canary: Callable[[ScriptedEngine], Answer] = healthy
         self.hangs = ""
         self.pids: dict[str, list[int]] = {}
         self.loading = False
@@ -208,6 +208,17 @@ def answer(said: str) -> Answer:
 def text(said: str) -> Answer:
     """A completion's answer, which the canary reads."""
     return Answer(200, orjson.dumps({"id": object.__repr__(said), "choices": [{"text": said}]}))
+
+
+def healthy(engine: ScriptedEngine) -> Answer:
+    """The same to the canary each time."""
+    return text(engine.spec.name)
+
+
+def deadly(engine: ScriptedEngine) -> Answer:
+    """The engine dies of its canary."""
+    engine.die()
+    raise EngineDied("as the script says")
 
 
 class Gpu:

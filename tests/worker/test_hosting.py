@@ -273,6 +273,64 @@ def test_a_load_that_never_ends_is_ended(host: Running, script: Script, settings
     assert (host.engine, script.happened[-1]) == (None, "unload a")
 
 
+def test_an_engine_that_dies_of_its_first_request_was_not_loaded(
+    host: Running, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found out by a request of the host's own, and left out for longer each time."""
+    now = [1000.0]
+    monkeypatch.setattr(hosting, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    script.sleeps, script.canary = False, scripted.deadly
+    for pause in (60, 120):
+        assert not host.use("a")
+        now[0] += pause - 1
+        assert host.left_out() == ["a"]
+        now[0] += 2
+        assert host.left_out() == []
+    said = "It was loaded, and died of its first request: as the script says"
+    assert (Model.objects.get(name="a").load_error, host.engine) == (said, None)
+
+
+def test_one_that_cannot_be_asked_has_answered_nothing_yet(host: Running, script: Script) -> None:
+    assert host.use("a")
+    assert host.has_answered
+    script.canary = lambda engine: Answer(400, b"{}")
+    assert host.use("b")
+    assert not host.has_answered
+    host.answered()
+    assert host.has_answered
+
+
+def test_a_model_that_is_left_out_is_left_out_for_longer_unless_it_has_answered(
+    host: Running, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(hosting, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    script.canary = lambda engine: Answer(400, b"{}")
+    for answers, pause in ((False, 60), (False, 120), (True, 60), (False, 120)):
+        assert host.use("a")
+        if answers:
+            host.answered()
+        host.loop.run(host.leave_out("away"))
+        assert (host.told.loaded, host.engine) == ("", None)
+        now[0] += pause - 1
+        assert host.left_out() == ["a"]
+        now[0] += 2
+        assert host.left_out() == []
+    assert Model.objects.get(name="a").load_error == "away"
+
+
+def test_an_engine_that_died_awake_is_not_had_and_loaded_anew(
+    host: Running, script: Script
+) -> None:
+    assert host.use("a")
+    assert script.engine is not None
+    script.engine.die()
+    assert not host.loop.run(host.has("a"))
+    assert host.use("a")
+    assert script.happened == ["load a", "unload a", "load a"]
+    assert host.loop.run(host.has("a"))
+
+
 def test_an_engines_bug_while_it_loads_leaves_nothing(host: Running, script: Script) -> None:
     script.load_error = lambda spec: KeyError("a bug")
     assert not host.use("a")

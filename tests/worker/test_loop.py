@@ -34,6 +34,7 @@ from worker import loop as loops
 from worker.engines.base import Answer, EngineDied, LoadFailed, ModelSpec, Report
 from worker.loop import LeaseLoop
 from worker.models import WorkerState
+from worker.work import GIVEN_UP_AFTER
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -630,6 +631,101 @@ def test_poison_for_the_instant_engine_is_one_error_line(
         ended = finalized(batch)
     assert failed_with(ended) == [("poison", "engine_crashed")]
     assert len(said_by(ended)) == 40
+
+
+def test_a_request_that_kills_each_engine_at_once_is_an_error_line(
+    owner: Person, script: Script
+) -> None:
+    """Nothing else is there to be answered: the host itself asks whether the engine works."""
+    script.reply = lambda said: EngineDied("")
+    batch = jobs.running(owner.caller, 1)
+    with running():
+        ended = finalized(batch)
+    assert failed_with(ended) == [("say 1", "engine_crashed")]
+    assert len(script.asked) == 4
+
+
+def test_an_engine_that_dies_of_everything_condemns_nobody(owner: Person, script: Script) -> None:
+    script.reply, script.canary = only("say 1", "say 2"), scripted.deadly
+    batch = jobs.running(owner.caller, 9)
+    with running() as it:
+        wait_for(lambda: "echo" in it.loop.host._failures)
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+        assert (script.asked, suspects(batch)) == ([], {})
+
+        script.canary = scripted.healthy  # as another GPU
+        it.loop.host._failures.clear()
+        wait_for(lambda: jobs.journal(batch) == [1, 2])
+        script.reply, script.canary = (lambda said: EngineDied("")), scripted.deadly
+        wait_for(lambda: "echo" in it.loop.host._failures)
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+        assert set(suspects(batch).values()) == {1}  # of the life that had worked until then
+
+        script.reply, script.canary = answer, scripted.healthy
+        it.loop.host._failures.clear()
+        whole(batch, 9)
+
+
+def test_an_engine_that_answered_nothing_is_left_and_others_get_its_chunks(
+    owner: Person, script: Script
+) -> None:
+    script.canary = lambda engine: Answer(400, b"{}")
+    script.reply = lambda said: EngineDied("")
+    batch = jobs.running(owner.caller, 9)
+    with running() as it:
+        wait_for(lambda: "echo" in it.loop.host._failures)
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+        assert (script.loads, it.loop.held(), jobs.journal(batch)) == (["echo"], [], [])
+        said = "It died before it had answered anything."
+        assert Model.objects.get(name="echo").load_error == said
+        script.reply = answer
+        it.loop.host._failures.clear()
+        whole(batch, 9)
+
+
+def test_where_nothing_else_can_be_asked_poison_is_condemned_as_well_if_later(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.hosting.FIRST_PAUSE", 0.05)
+    monkeypatch.setattr("worker.hosting.LONGEST_PAUSE", 0.05)
+    script.canary = lambda engine: Answer(400, b"{}")
+    script.reply = lambda said: EngineDied("")
+    batch = jobs.running(owner.caller, 1)
+    with running():
+        ended = finalized(batch)
+    assert failed_with(ended) == [("say 1", "engine_crashed")]
+    assert len(script.asked) == GIVEN_UP_AFTER + 1
+
+
+def test_an_engine_that_died_idle_is_not_held_against_what_comes_next(
+    owner: Person, script: Script
+) -> None:
+    with running() as it:
+        whole(jobs.running(owner.caller, 3), 3)
+        assert script.engine is not None
+        script.engine.die()
+        wait_for(lambda: it.loop.status.loaded == "")
+        batch = jobs.running(owner.caller, 3)
+        whole(batch, 3)
+        assert suspects(batch) == {}
+    assert script.loads == ["echo", "echo"]
+
+
+def test_an_engine_that_died_with_a_chunk_in_hand_and_nothing_in_flight_is_loaded_again(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running() as it:
+        whole(jobs.running(owner.caller, 3), 3)
+        store = Store(monkeypatch)
+        batch = jobs.running(owner.caller, 3)
+        assert store.asked.wait(60)
+        assert script.engine is not None
+        script.engine.die()
+        it.loop.wake()
+        wait_for(lambda: script.loads == ["echo", "echo"])
+        store.gate.set()
+        whole(batch, 3)
+        assert suspects(batch) == {}
 
 
 def test_a_suspect_is_tried_with_nothing_else_in_flight(owner: Person, script: Script) -> None:
