@@ -18,11 +18,13 @@ from functools import partial
 import orjson
 import structlog
 
+from batches import lane
+from batches.lane import Frame
 from batches.services import leases
 from batches.services.leases import Lease, LeaseLost
 from worker import gpus, queries, work
 from worker.database import Database, GaveUp
-from worker.engines.base import Engine, EngineDied
+from worker.engines.base import Engine, EngineAway, EngineDied
 from worker.engines.ladder import trouble_of
 from worker.feeding import Feed
 from worker.guard import Guard
@@ -54,6 +56,7 @@ LOOK_SECONDS = 2.0
 """How long a look at the GPU may take after its engine has died: whose fault was it?"""
 RETRY_READ = 10.0
 """Seconds for which a batch that could not be read is left out."""
+AWAY = lane.error(503, "The remote engine is away; try again soon.", code="engine_away")
 
 
 class LeaseLoop:
@@ -74,6 +77,8 @@ class LeaseLoop:
         self.feed = Feed()
         self._answered_at = 0.0
         self._engine_dead = False
+        self._engine_away = ""
+        """Why the engine cannot be had for now; '': it can."""
         self._died_with = 0
         """Requests in flight when the engine died for want of memory, and fewer at once may help;
         0: it died otherwise."""
@@ -182,6 +187,8 @@ class LeaseLoop:
             await self._give_up_gpu()
         self._look_for_stall()
         await self._look_for_death()
+        if self._engine_away:
+            await self._leave_model(self._engine_away, AWAY)
         if self._engine_dead:
             await self._revive()
         await self.host.tend()
@@ -376,10 +383,15 @@ class LeaseLoop:
         self.status.fullness = self.feed.fullness(engine)
 
     def _may_feed(self) -> bool:
-        if self._engine_dead or self._stopping or self._alone_in_flight:
+        if self._is_lost or self._stopping or self._alone_in_flight:
             return False
         unsaved = sum(each.unsaved_bytes for each in self._works)
         return self.guard.verdict.feeds and unsaved <= UNSAVED_BYTES
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the engine is dead, or cannot be had for now."""
+        return self._engine_dead or bool(self._engine_away)
 
     def _fill(self, engine: Engine) -> None:
         room = UNSAVED_AT_MOST - self._unsaved()
@@ -410,7 +422,7 @@ class LeaseLoop:
         request.begun = self._clock.begin()
 
     async def _answer(self, engine: Engine, of: Work, request: Request) -> None:
-        """Run one request to its outcome; an engine that dies leaves it to `_revive`."""
+        """Run one request to its outcome; an engine that is lost leaves it to the next turn."""
         try:
             line = orjson.loads(request.text)
             answer = await engine.answer(of.lease.endpoint, line["body"])
@@ -423,6 +435,9 @@ class LeaseLoop:
             of.wasted += self._clock.share(request.begun) * engine.gpus
             self._engine_died(str(error))
             self._survive(of, request)
+        except EngineAway as error:
+            self._engine_away = self._engine_away or str(error)
+            of.again(request)
         except asyncio.CancelledError:
             of.wasted += self._clock.share(request.begun) * engine.gpus
             if self._engine_dead:  # it was stopped because the engine no longer answers
@@ -454,7 +469,7 @@ class LeaseLoop:
         if (
             of.all_run
             or len(of.finished) >= SAVE_RESULTS
-            or self._engine_dead
+            or self._is_lost
             or self.status.in_flight <= 1
             or self._wants_more()
         ):
@@ -464,7 +479,7 @@ class LeaseLoop:
     def _may_take(self) -> bool:
         """Whether real-time requests may join what is in the engine: but for suspects, which are
         tried alone once all else is done."""
-        is_away = self._engine_dead or self.host.is_gone or self._stopping or self._holds_back
+        is_away = self._is_lost or self.host.is_gone or self._stopping or self._holds_back
         only_suspects = any(each.alone for each in self._works) and not any(
             each.waiting for each in self._works
         )
@@ -473,7 +488,7 @@ class LeaseLoop:
     async def _run_alone(self) -> None:
         """Try a suspect by itself, once nothing else is in flight."""
         waiting = [each for each in self._works if each.alone and not each.dropped]
-        if not waiting or self.host.engine is None or self._engine_dead or self._stopping:
+        if not waiting or self.host.engine is None or self._is_lost or self._stopping:
             return
         if self.status.in_flight or any(each.waiting for each in self._works):
             return
@@ -543,7 +558,7 @@ class LeaseLoop:
         await self._learn_of_memory()
         await self._accuse()
         if not (self.host.has_answered or is_spared):
-            await self._leave_model("It died before it had answered anything.")
+            await self._leave_model("It died before it had answered anything.", CRASHED)
             return
         name = self.status.loaded
         await self.host.unload()
@@ -557,12 +572,14 @@ class LeaseLoop:
             lines = [line for batch, line in casualties if batch == batch_id]
             await self._database.run(leases.accuse, batch_id, lines)
 
-    async def _leave_model(self, why: str) -> None:
+    async def _leave_model(self, why: str, said: Frame) -> None:
         """Let others have the chunks, and try the model again later; nobody waits here meanwhile."""
+        await self._stop_flying(wait=FINISH_SECONDS)
+        await self.lane.clear(FINISH_SECONDS, said)
         await self._give_all_back()
         logger.error("model left out", model=self.status.loaded, error=why)
         await self.host.leave_out(why)
-        self._engine_dead = False
+        self._engine_dead, self._engine_away = False, ""
 
     async def _learn_of_memory(self) -> None:
         if self._died_with:

@@ -31,7 +31,14 @@ from tests.jobs import wait_for
 from tests.worker import scripted
 from tests.worker.scripted import Reply, Script, answer, heart_of, hold, only, running
 from worker import loop as loops
-from worker.engines.base import Answer, EngineDied, LoadFailed, ModelSpec, Report
+from worker.engines.base import (
+    Answer,
+    EngineAway,
+    EngineDied,
+    LoadFailed,
+    ModelSpec,
+    Report,
+)
 from worker.loop import LeaseLoop
 from worker.models import WorkerState
 from worker.work import GIVEN_UP_AFTER
@@ -565,6 +572,35 @@ def test_a_model_that_does_not_fit_is_left_to_other_kinds_of_gpu(
         retry_model(name="huge")
         it.loop.wake()
         whole(first, 3)
+
+
+# --- Engines that are away ------------------------------------------------------------------
+
+
+def test_an_engine_that_is_away_costs_no_line(owner: Person, script: Script) -> None:
+    """What it was asked goes back, unaccused, and the model is left out for a while."""
+    script.reply = lambda said: EngineAway("it is away") if said == "say 3" else None
+    batch = jobs.running(owner.caller, 6)
+    with running() as it:
+        wait_for(lambda: "echo" in it.loop.host._failures)
+        assert jobs.states(batch) == [("ready", 0)]
+        assert (jobs.journal(batch), suspects(batch)) == ([], {})
+        assert Model.objects.get(name="echo").load_error == "it is away"
+        assert (it.loop.held(), it.loop.status.loaded) == ([], "")
+        script.reply = answer
+        it.loop.host._failures.clear()  # as after a minute
+        whole(batch, 6)
+    assert script.loads == ["echo", "echo"]
+
+
+def test_an_engine_that_is_away_holds_up_no_other(owner: Person, script: Script) -> None:
+    register_model(name="other", source="none", engine="instant")
+    script.reply = lambda said: answer(said) if said.startswith("tell") else EngineAway("away")
+    first = jobs.running(owner.caller, 3)
+    second = jobs.running(owner.caller, jobs.lines(3, model="other", prefix="tell"))
+    with running():
+        assert len(said_by(finalized(second))) == 3
+        wait_for(lambda: jobs.states(first) == [("ready", 0)])
 
 
 # --- Engine deaths --------------------------------------------------------------------------
