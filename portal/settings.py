@@ -134,6 +134,8 @@ CHUNK_SECONDS = read_int("CHUNK_SECONDS", 45)
 # Of the host's memory, for the models that sleep beside one worker's; 0: none does; None: as much
 # as leaves a fifth of the host's memory free.
 SLEEPING_MODELS_GB = read_int("SLEEPING_MODELS_GB", 0) if read("SLEEPING_MODELS_GB") else None
+# How long a worker may take over one load, the download of the weights included.
+LOAD_SECONDS = read_int("LOAD_SECONDS", 3600)
 # Whether a worker downloads, and reads into free memory, the weights of the model that it will
 # most likely load next.
 PREFETCH = read_bool("PREFETCH", True)

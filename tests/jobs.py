@@ -5,9 +5,11 @@ For tests below the API: nothing here asks over HTTP, and nothing waits for Cele
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,7 +17,7 @@ from typing import Any, TypeVar
 import orjson
 import pytest
 from django.core.files.storage import default_storage
-from django.db import connection
+from django.db import DEFAULT_DB_ALIAS, connection, connections
 from django.db.models import F
 from django_scopes import scopes_disabled
 
@@ -27,6 +29,9 @@ from batches.models.batches import ChunkState
 from batches.services import batches, files, leases
 from batches.services.leases import Lease, Outcome
 from batches.services.validation import validate_batch
+from worker import work
+from worker.database import Database
+from worker.work import Work
 
 T = TypeVar("T")
 ENDPOINT = "/v1/chat/completions"
@@ -85,6 +90,33 @@ def lease(owner: str = "worker", *, loaded: str = "", **options: Any) -> Lease:
     got = leases.lease_next(owner=owner, loaded=loaded, residency=timedelta(0), **options)
     assert got is not None
     return got
+
+
+class TheTests(Database):
+    """The test's own connection, and so its transaction, in the database's thread: the test waits
+    meanwhile."""
+
+    def __init__(self) -> None:
+        mine = connections[DEFAULT_DB_ALIAS]
+        mine.inc_thread_sharing()
+        self._thread = ThreadPoolExecutor(
+            1, initializer=lambda: connections.__setitem__(DEFAULT_DB_ALIAS, mine)
+        )
+        self.give_up_at = None
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        connections[DEFAULT_DB_ALIAS].dec_thread_sharing()
+
+
+def read(lease: Lease) -> Work:
+    """The chunk, as a worker reads it."""
+    taken, database = Work(lease, reading=True), TheTests()
+    try:
+        asyncio.run(work.read(taken, database))
+    finally:
+        database.close()
+    return taken
 
 
 def outcome(line: int, *, ok: bool = True, said: str = "", **tokens: int) -> Outcome:

@@ -1,4 +1,5 @@
-"""A tiny request whose answer is known: whether a model says after its sleep what it said before."""
+"""A tiny request: whether a model that was loaded answers at all, and whether it says after its
+sleep what it said before."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Canary:
-    """What one engine answered when it was fresh; `heard` says whether it may sleep at all."""
+    """What one engine answered when it was fresh; `heard` says whether it did at all."""
 
     def __init__(self, engine: Engine, spec: ModelSpec) -> None:
         self._engine = engine

@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 from cryptography.fernet import InvalidToken
+from django.conf import settings
 
 from accounts import secrets
 from models_registry import services as registry
@@ -24,7 +25,14 @@ from worker import engines, gpus, memory, orphans, sleepers
 from worker.canary import Canary
 from worker.database import Database, GaveUp
 from worker.engines import ladder
-from worker.engines.base import DoesNotFit, Engine, LoadCancelled, LoadFailed, ModelSpec
+from worker.engines.base import (
+    DoesNotFit,
+    Engine,
+    EngineDied,
+    LoadCancelled,
+    LoadFailed,
+    ModelSpec,
+)
 from worker.engines.ladder import Ladder
 from worker.models import WorkerState
 from worker.sleepers import Resident, Sleepers
@@ -49,6 +57,10 @@ DONE = {
     Change.UNLOAD: "unloaded",
 }
 NOBODY = "Nobody waits for it any more."
+TOO_LONG = (
+    "It was not loaded within {} seconds, so its load was ended. If it only takes longer (a large "
+    "download, a slow disk), raise LOAD_SECONDS; else see the worker's log for what it waited for."
+)
 MOST_LESSENED = 3
 """How often in a worker's life a model that ran out of memory is loaded anew with less at once,
 before the requests in flight are suspected as after any other death."""
@@ -101,6 +113,22 @@ class Host:
         return self._awake.engine if self._awake else None
 
     @property
+    def has_answered(self) -> bool:
+        """Whether the engine that is awake has answered anything since it was loaded."""
+        return self._awake is not None and self._awake.has_answered
+
+    def answered(self) -> None:
+        """The engine that is awake has answered something, so it is one that works."""
+        if self._awake is not None:
+            self._awake.has_answered = True
+            self._failures.pop(self._awake.spec.name, None)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the engine that should be awake has died."""
+        return self._awake is not None and self._awake.engine.gone()
+
+    @property
     def near(self) -> list[str]:
         """Models that it costs a waking, not a load, to have here: those asleep, and the one that
         was woken."""
@@ -119,7 +147,7 @@ class Host:
 
     async def has(self, name: str) -> bool:
         """Whether this model is awake, and still as the registry has it under its name."""
-        if self._awake is None or self._awake.spec.name != name:
+        if self._awake is None or self._awake.spec.name != name or self.is_gone:
             return False
         try:
             return await self.spec_of(name) == self._awake.spec
@@ -143,7 +171,7 @@ class Host:
         entry, self._coming, self._unwanted = None, name, False
         try:
             entry = await self._database.run(_entry, name)
-            if self._awake is None or entry.spec != self._awake.spec:
+            if self._awake is None or entry.spec != self._awake.spec or self.is_gone:
                 await self._swap_to(entry)
         except LoadCancelled:
             return False
@@ -177,6 +205,12 @@ class Host:
         if was is not None:
             await self._end(was)
 
+    async def leave_out(self, why: str) -> None:
+        """Unload the model that is awake, and try it again later, as one that did not load."""
+        name = self._status.loaded
+        await self.unload()
+        await self._failed(name, None, LoadFailed(why))
+
     async def close(self) -> None:
         """No model is here, awake or asleep, and no process of an engine is left."""
         await asyncio.gather(self.unload(), self._sleepers.end_all())
@@ -193,7 +227,8 @@ class Host:
         if found is None or not await self._wake(found):
             found = await self._load(entry)
         self._awake, self.loaded_at = found, time.monotonic()
-        self._failures.pop(entry.spec.name, None)
+        if found.canary.heard:
+            self.answered()
         self._status.state, self._status.loaded = WorkerState.RUNNING, entry.spec.name
         self._status.loads, self._status.error = self._status.loads + 1, ""
         self._status.asleep = self._sleepers.names
@@ -399,16 +434,23 @@ class Host:
     async def _supervised(self, engine: Engine, work: Coroutine[Any, Any, None]) -> None:
         """Do it, and write down all the while which processes there are: a kill may come then.
 
-        Neither a stop nor a change of mind waits for it: it is cancelled, its processes are ended.
+        Neither a stop nor a change of mind waits for it, nor does anybody for ever: it is cancelled,
+        its processes are ended.
         """
         task = asyncio.create_task(work)
+        limit, is_late = time.monotonic() + settings.LOAD_SECONDS, False
         while not task.done():
             await asyncio.wait([task], timeout=REMEMBER_SECONDS)
             await self._remember(engine.pids())
-            if self._is_given_up and not task.done():
+            is_late = is_late or (time.monotonic() > limit and not task.done())
+            if (is_late or self._is_given_up) and not task.done():
                 if not task.cancelling():  # once: a second one would break into its clean-up
                     task.cancel()
                 await asyncio.to_thread(orphans.end, engine.pids())
+        if is_late and not self._is_given_up:
+            raise LoadFailed(TOO_LONG.format(settings.LOAD_SECONDS)) from (
+                None if task.cancelled() else task.exception()
+            )
         if task.cancelled():
             raise LoadCancelled(NOBODY)
         await task
@@ -444,8 +486,14 @@ class Host:
 
 async def _bring(resident: Resident) -> None:
     await resident.engine.load()
+    if resident.engine.gpus:  # elsewhere, somebody pays for what is asked
+        # A GPU may be such that every model loads on it and dies of the first forward pass: no
+        # request of a tenant's shall find that out, and be suspected.
+        try:
+            await resident.canary.learn()
+        except EngineDied as error:
+            raise LoadFailed(f"It was loaded, and died of its first request: {error}") from error
     if resident.engine.can_sleep:
-        await resident.canary.learn()
         # Only now all of its files are here for certain: they may have been downloaded meanwhile.
         given = resident.spec.source, resident.spec.revision
         resident.copy = await asyncio.to_thread(memory.of_weights, *given)

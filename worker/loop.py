@@ -18,11 +18,13 @@ from functools import partial
 import orjson
 import structlog
 
+from batches import lane
+from batches.lane import Frame
 from batches.services import leases
 from batches.services.leases import Lease, LeaseLost
 from worker import gpus, queries, work
 from worker.database import Database, GaveUp
-from worker.engines.base import Engine, EngineDied
+from worker.engines.base import Engine, EngineAway, EngineDied
 from worker.engines.ladder import trouble_of
 from worker.feeding import Feed
 from worker.guard import Guard
@@ -43,6 +45,8 @@ UNSAVED_AT_MOST, UNSAVED_BYTES = 5000, 256 * 1024 * 1024
 """With more results waiting (the database is away), nothing new is fed."""
 POLL_SECONDS = 3.0
 """How soon a lost wake-up is made up for."""
+APART_SECONDS = 0.3
+"""With nothing to be had, wake-ups make a worker look at the queue no more often."""
 STALL_SECONDS = 3600.0
 """An engine with requests in flight that answers none for this long is taken for dead; the longest
 answers (tens of thousands of tokens, with many at once) take less."""
@@ -52,6 +56,7 @@ LOOK_SECONDS = 2.0
 """How long a look at the GPU may take after its engine has died: whose fault was it?"""
 RETRY_READ = 10.0
 """Seconds for which a batch that could not be read is left out."""
+AWAY = lane.error(503, "The remote engine is away; try again soon.", code="engine_away")
 
 
 class LeaseLoop:
@@ -72,6 +77,8 @@ class LeaseLoop:
         self.feed = Feed()
         self._answered_at = 0.0
         self._engine_dead = False
+        self._engine_away = ""
+        """Why the engine cannot be had for now; '': it can."""
         self._died_with = 0
         """Requests in flight when the engine died for want of memory, and fewer at once may help;
         0: it died otherwise."""
@@ -96,7 +103,11 @@ class LeaseLoop:
         self._unreadable: dict[str, float] = {}
         """Batches to leave out, and until when (`time.monotonic()`)."""
         self._savers: set[asyncio.Task[None]] = set()
+        self._readers: set[asyncio.Task[None]] = set()
+        self._giving_back: asyncio.Task[None] | None = None
         self._ask_again_at = 0.0
+        self._vain_at = float("-inf")
+        """When a look at the whole queue last brought nothing."""
 
     # --- From other threads -----------------------------------------------------------------
 
@@ -112,8 +123,7 @@ class LeaseLoop:
 
     def wake(self) -> None:
         """There may be a chunk to lease."""
-        self._ask_again_at = 0.0
-        self._call(lambda: self._changed.set())
+        self._call(self._look_soon)
 
     def stop(self) -> None:
         """Feed nothing more, save what is done, give the rest back, end the engine."""
@@ -128,6 +138,8 @@ class LeaseLoop:
 
     def held(self) -> list[Lease]:
         """The leases to keep alive."""
+        # While a model loads nobody else looks, and a driver that hangs tells nothing of itself.
+        self.guard.look()
         loading = self._loading_for
         leased = [each.lease for each in list(self._works) if not each.lost]
         return [*leased, loading] if loading is not None else leased
@@ -174,6 +186,9 @@ class LeaseLoop:
         if self.guard.look().gives_back:
             await self._give_up_gpu()
         self._look_for_stall()
+        await self._look_for_death()
+        if self._engine_away:
+            await self._leave_model(self._engine_away, AWAY)
         if self._engine_dead:
             await self._revive()
         await self.host.tend()
@@ -199,10 +214,29 @@ class LeaseLoop:
 
     # --- Leasing and loading ----------------------------------------------------------------
 
+    def _look_soon(self) -> None:
+        """Look at the queue; where that was in vain a moment ago, a little later.
+
+        What nobody can run comes back again and again, and may wake all workers each time.
+        """
+        early = min(self._ask_again_at - time.monotonic(), APART_SECONDS)
+        if early > 0:
+            self._ask_again_at = time.monotonic() + early
+            self._turn_in(early)
+        self._changed.set()
+
+    def _turn_in(self, seconds: float) -> None:
+        asyncio.get_running_loop().call_later(seconds, self._changed.set)
+
     async def _begin(self) -> None:
         """With nothing in hand: lease what the policy likes best, and load its model if need be."""
+        early = self._vain_at + APART_SECONDS - time.monotonic()
+        if early > 0:
+            self._turn_in(early)
+            return
         lease = None if self._holds_back else await self._lease(only=None)
         if lease is None:
+            self._vain_at = time.monotonic()
             await self._load_asked()
             self.status.state = self._state_without_work()
             return
@@ -210,7 +244,7 @@ class LeaseLoop:
         loaded = await self._ensure_loaded(lease.model)
         wanted, self._loading_for = self._loading_for is not None, None
         if loaded and wanted and not self._stopping:
-            await self._take(lease)
+            self._take(lease)
         else:
             await self._database.run(leases.give_back, lease)
 
@@ -241,8 +275,8 @@ class LeaseLoop:
         engine = self.host.engine
         if engine is None or self._holds_back or time.monotonic() < self._ask_again_at:
             return False
-        if any(each.alone for each in self._works):
-            return False
+        if any(each.alone or each.reading for each in self._works):
+            return False  # what is being read will be waiting, too
         able = [each for each in self._works if not each.dropped]
         requests = sum(len(each.todo) for each in able)
         return self.feed.wants(engine, requests, sum(each.waiting_tokens for each in able))
@@ -261,7 +295,7 @@ class LeaseLoop:
         if lease is None:
             self._ask_again_at = time.monotonic() + 1.0
         else:
-            await self._take(lease)
+            self._take(lease)
 
     async def _lease(self, *, only: str | None) -> Lease | None:
         return await self._database.run(
@@ -301,21 +335,35 @@ class LeaseLoop:
         unreadable = (batch for batch, until in self._unreadable.items() if until > now)
         return [*await self.host.avoided(), *unreadable]
 
-    async def _take(self, lease: Lease) -> None:
-        """Read the chunk and begin to feed it."""
+    def _take(self, lease: Lease) -> None:
+        """Hold the chunk from now on, and have it read."""
+        of = Work(lease, reading=True)
+        self._works.append(of)
+        reader = asyncio.create_task(self._read(of))
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
+
+    async def _read(self, of: Work) -> None:
+        """Read the chunk, to be fed; one that cannot be read is given back, and left out a while."""
         try:
-            taken = await self._database.run(work.read, lease)
-        except OSError as error:
-            logger.error("chunk cannot be read", batch_id=lease.batch_id, error=str(error))
-            self._unreadable[lease.batch_id] = time.monotonic() + RETRY_READ
-            await self._database.run(leases.give_back, lease)
-            return
-        self._works.append(taken)
-        self._changed.set()
+            await work.read(of, self._database)
+        except GaveUp:
+            of.drop(lost=True)
+        except Exception as error:
+            if isinstance(error, OSError):
+                logger.error("chunk cannot be read", batch_id=of.lease.batch_id, error=str(error))
+            else:
+                logger.exception("chunk cannot be read", batch_id=of.lease.batch_id)
+            self._unreadable[of.lease.batch_id] = time.monotonic() + RETRY_READ
+            of.unreadable = True
+            of.drop()
+        finally:
+            self._changed.set()
 
     async def _ensure_loaded(self, name: str) -> bool:
         async with self.lane.loading(name):
-            loaded = await self.host.ensure(name)
+            # A load may never end on a GPU that was found sick meanwhile, and is not begun there.
+            loaded = not self.guard.verdict.gives_back and await self.host.ensure(name)
         if loaded and self.host.engine is not None:
             self.host.engine.on_report = self._feed
             self._engine_dead, self._answered_at = False, time.monotonic()
@@ -330,15 +378,20 @@ class LeaseLoop:
             return
         # Beside what real-time requests take, so much is kept free for more of them.
         self.feed.headroom = self.lane.headroom + self.lane.in_flight
-        if self._may_feed():
+        if self._may_feed() and not engine.gone():
             self._fill(engine)
         self.status.fullness = self.feed.fullness(engine)
 
     def _may_feed(self) -> bool:
-        if self._engine_dead or self._stopping or self._alone_in_flight:
+        if self._is_lost or self._stopping or self._alone_in_flight:
             return False
         unsaved = sum(each.unsaved_bytes for each in self._works)
         return self.guard.verdict.feeds and unsaved <= UNSAVED_BYTES
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the engine is dead, or cannot be had for now."""
+        return self._engine_dead or bool(self._engine_away)
 
     def _fill(self, engine: Engine) -> None:
         room = UNSAVED_AT_MOST - self._unsaved()
@@ -369,11 +422,12 @@ class LeaseLoop:
         request.begun = self._clock.begin()
 
     async def _answer(self, engine: Engine, of: Work, request: Request) -> None:
-        """Run one request to its outcome; an engine that dies leaves it to `_revive`."""
+        """Run one request to its outcome; an engine that is lost leaves it to the next turn."""
         try:
             line = orjson.loads(request.text)
             answer = await engine.answer(of.lease.endpoint, line["body"])
             self._answered_at = time.monotonic()
+            self.host.answered()
             self.status.tokens += answer.usage.input + answer.usage.output
             gpu_seconds = self._clock.share(request.begun) * engine.gpus
             of.record(work.answered(request, line["custom_id"], answer, gpu_seconds))
@@ -381,6 +435,9 @@ class LeaseLoop:
             of.wasted += self._clock.share(request.begun) * engine.gpus
             self._engine_died(str(error))
             self._survive(of, request)
+        except EngineAway as error:
+            self._engine_away = self._engine_away or str(error)
+            of.again(request)
         except asyncio.CancelledError:
             of.wasted += self._clock.share(request.begun) * engine.gpus
             if self._engine_dead:  # it was stopped because the engine no longer answers
@@ -412,7 +469,7 @@ class LeaseLoop:
         if (
             of.all_run
             or len(of.finished) >= SAVE_RESULTS
-            or self._engine_dead
+            or self._is_lost
             or self.status.in_flight <= 1
             or self._wants_more()
         ):
@@ -422,7 +479,7 @@ class LeaseLoop:
     def _may_take(self) -> bool:
         """Whether real-time requests may join what is in the engine: but for suspects, which are
         tried alone once all else is done."""
-        is_away = self._engine_dead or self._stopping or self._holds_back
+        is_away = self._is_lost or self.host.is_gone or self._stopping or self._holds_back
         only_suspects = any(each.alone for each in self._works) and not any(
             each.waiting for each in self._works
         )
@@ -431,7 +488,7 @@ class LeaseLoop:
     async def _run_alone(self) -> None:
         """Try a suspect by itself, once nothing else is in flight."""
         waiting = [each for each in self._works if each.alone and not each.dropped]
-        if not waiting or self.host.engine is None or self._engine_dead or self._stopping:
+        if not waiting or self.host.engine is None or self._is_lost or self._stopping:
             return
         if self.status.in_flight or any(each.waiting for each in self._works):
             return
@@ -461,13 +518,23 @@ class LeaseLoop:
         if self._is_flying() and time.monotonic() - self._answered_at > STALL_SECONDS:
             self._engine_died(f"no answer for {STALL_SECONDS:.0f} seconds")
 
+    async def _look_for_death(self) -> None:
+        """An engine may die with nothing in flight: what would come next is not to be blamed."""
+        if self._engine_dead or self.status.in_flight or not self.host.is_gone:
+            return
+        self._engine_died("it died with nothing in flight")
+        if not self._works:  # so that whatever comes next may be of another model
+            await self.host.unload()
+            self._engine_dead = False
+
     def _survive(self, of: Work, request: Request) -> None:
         """Queue a request again that was in flight at a death, unless it has now shown its guilt.
 
-        When there was too little memory for all of them, none is suspected.
+        When there was too little memory for all of them, none is suspected. An engine that has
+        answered nothing at all proves nobody's guilt.
         """
         alone, request.tried_alone = request.tried_alone, False
-        if alone and request.deaths > ALONE_AFTER:
+        if alone and request.deaths > ALONE_AFTER and self.host.has_answered:
             self._guilt_shown = True
             of.record(work.crashed(request))
             return
@@ -478,22 +545,41 @@ class LeaseLoop:
 
     async def _revive(self) -> None:
         """Count the death against what was in flight, and load the model anew, with less at once
-        where it died for want of memory."""
+        where it died for want of memory.
+
+        An engine that had answered nothing may itself be to blame: others get the chunks.
+        """
         await self._stop_flying(wait=2.0)
         await self.lane.clear(2.0, CRASHED)
         await asyncio.to_thread(self.guard.look_now, LOOK_SECONDS)
         if self.guard.verdict.gives_back:
             return
+        is_spared = self._died_with > 0
         await self._learn_of_memory()
-        casualties, self._casualties = self._casualties, []
-        for batch_id in {batch_id for batch_id, _ in casualties}:
-            lines = [line for batch, line in casualties if batch == batch_id]
-            await self._database.run(leases.accuse, batch_id, lines)
+        await self._accuse()
+        if not (self.host.has_answered or is_spared):
+            await self._leave_model("It died before it had answered anything.", CRASHED)
+            return
         name = self.status.loaded
         await self.host.unload()
         self._engine_dead = False
         if not await self._ensure_loaded(name):
             await self._give_all_back()
+
+    async def _accuse(self) -> None:
+        casualties, self._casualties = self._casualties, []
+        for batch_id in {batch_id for batch_id, _ in casualties}:
+            lines = [line for batch, line in casualties if batch == batch_id]
+            await self._database.run(leases.accuse, batch_id, lines)
+
+    async def _leave_model(self, why: str, said: Frame) -> None:
+        """Let others have the chunks, and try the model again later; nobody waits here meanwhile."""
+        await self._stop_flying(wait=FINISH_SECONDS)
+        await self.lane.clear(FINISH_SECONDS, said)
+        await self._give_all_back()
+        logger.error("model left out", model=self.status.loaded, error=why)
+        await self.host.leave_out(why)
+        self._engine_dead, self._engine_away = False, ""
 
     async def _learn_of_memory(self) -> None:
         if self._died_with:
@@ -557,7 +643,7 @@ class LeaseLoop:
                 leases.save, lease=of.lease, outcomes=outcomes, finished=finished, wasted=wasted
             )
         if last and of.dropped:
-            await self._database.run(leases.give_back, of.lease)
+            await self._database.run(leases.give_back, of.lease, wake=not of.unreadable)
 
     def _drop(self, lease: Lease, *, lost: bool) -> None:
         why = "lease lost" if lost else "batch no longer wants it"
@@ -591,11 +677,15 @@ class LeaseLoop:
         self.wake()
 
     def _forget_loading(self) -> None:
-        """The chunk that waits for a model to load here is not kept for it, and on a sick GPU the
+        """The chunks that wait for a model to load here are not kept for it, and on a sick GPU the
         load, which may never come to an end, is not either."""
-        if self._loading_for is not None and self.guard.verdict.health == Health.SICK:
-            self.host.cancel(self._loading_for.model)
         self._loading_for = None
+        if not self.host.coming:
+            return
+        if self.guard.verdict.health == Health.SICK:
+            self.host.cancel(self.host.coming)
+        if self._works:  # of an engine that died: their model is loaded anew
+            self._giving_back = asyncio.create_task(self._give_all_back())
 
     async def _give_up_gpu(self) -> None:
         """Let others have the chunks; a sick GPU's engine goes, and no request is to blame."""
@@ -617,13 +707,14 @@ class LeaseLoop:
         await self._give_all_back()
 
     async def _give_all_back(self) -> None:
-        for each in self._works:
+        ending = list(self._works)
+        for each in ending:
             each.drop()
         await self._stop_flying(wait=0)
-        while self._works and not self._gave_up():
+        while any(each in self._works for each in ending) and not self._gave_up():
             self._save_due()
             await asyncio.wait([*self._savers, asyncio.create_task(asyncio.sleep(0.05))])
-        self._works.clear()
+        self._works = [each for each in self._works if each not in ending]
 
     def _gave_up(self) -> bool:
         limit = self._database.give_up_at

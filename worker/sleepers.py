@@ -38,6 +38,8 @@ class Resident:
     copy: int = 0
     """Bytes of the host's memory that it takes asleep; 0: not known."""
     was_woken: bool = False
+    has_answered: bool = False
+    """Since it was loaded."""
 
     @property
     def may_sleep(self) -> bool:

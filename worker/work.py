@@ -17,6 +17,7 @@ from accounts.ids import new_id
 from batches import index, storage
 from batches.services import leases
 from batches.services.leases import Lease, Outcome
+from worker.database import Database
 from worker.engines.base import Answer
 
 SAVE_BYTES = 64 * 1024 * 1024
@@ -45,8 +46,12 @@ class Work:
     """The requests of one lease: `todo` and `alone` wait, `flying` are in the engine."""
 
     lease: Lease
-    todo: deque[Request]
-    alone: deque[Request]
+    todo: deque[Request] = field(default_factory=deque)
+    alone: deque[Request] = field(default_factory=deque)
+    reading: bool = False
+    """Its lines are not here yet, so that it is not known whether any are to be run."""
+    unreadable: bool = False
+    """Its lines could not be had; as far as can be told, by no other worker either."""
     waiting_tokens: int = field(init=False)
     """Of all in `todo`, by estimate."""
     finished: list[Outcome] = field(default_factory=list)
@@ -70,7 +75,7 @@ class Work:
 
     @property
     def all_run(self) -> bool:
-        return not self.flying and (self.dropped or not (self.todo or self.alone))
+        return not self.flying and (self.dropped or not (self.reading or self.todo or self.alone))
 
     def record(self, outcome: Outcome) -> None:
         if not self.finished:
@@ -121,30 +126,36 @@ class Work:
             self.again(request)
 
 
-def read(lease: Lease) -> Work:
+async def read(work: Work, database: Database) -> None:
     """Fetch the chunk's lines, but for those that an earlier lease has saved.
 
-    Database and storage: not for the event loop's thread. Lines that have killed engines too often
-    become error lines here. Raises `OSError` when the files cannot be read.
+    Files are read beside the database's one thread: a slow store holds up no save. Lines that have
+    killed engines too often become error lines here. Raises `OSError` when files cannot be read.
     """
+    lease, deaths = work.lease, dict[int, int]()
     try:
-        return _read(lease)
+        entries = await asyncio.to_thread(_entries, lease)
+        if lease.fencing_token > 1:  # not the first lease of this chunk
+            saved, deaths = await database.run(_known, lease, [each.line for each in entries])
+            entries = [each for each in entries if each.line not in saved]
+        requests = await asyncio.to_thread(_read_lines, lease, entries, deaths)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; is STORAGE_URL the same place on all hosts?") from error
+    _sort(work, requests)
+    work.reading = False
 
 
-def _read(lease: Lease) -> Work:
+def _entries(lease: Lease) -> list[index.Entry]:
     with storage.opened(lease.index_name) as stream:
         entries = index.read(stream, lease.start, lease.end)
     if len(entries) != lease.end - lease.start:
         raise OSError("the index is shorter than its chunks")
-    saved: set[int] = set()
-    deaths: dict[int, int] = {}
-    if lease.fencing_token > 1:  # not the first lease of this chunk
-        saved = leases.saved_lines(lease, [entry.line for entry in entries])
-        deaths = leases.suspects(lease.batch_id)
-    requests = _read_lines(lease, [entry for entry in entries if entry.line not in saved], deaths)
-    return _sorted_out(lease, requests)
+    return entries
+
+
+def _known(lease: Lease, lines: Sequence[int]) -> tuple[set[int], dict[int, int]]:
+    """Which of these lines are saved, and how often each suspect of the batch was at a death."""
+    return leases.saved_lines(lease, lines), leases.suspects(lease.batch_id)
 
 
 def _read_lines(
@@ -160,20 +171,19 @@ def _read_lines(
     ]
 
 
-def _sorted_out(lease: Lease, requests: Sequence[Request]) -> Work:
+def _sort(work: Work, requests: Sequence[Request]) -> None:
     # A chunk whose owners died again and again without saving anything holds a killer, and as the
     # lines are fed in order it is likely among the first. Not all alone: others wait for the GPU.
-    careful = CAREFUL_REQUESTS if lease.attempts >= ALONE_AFTER else 0
-    work = Work(lease, deque(), deque())
+    attempts = work.lease.attempts
+    careful = CAREFUL_REQUESTS if attempts >= ALONE_AFTER else 0
     for at, request in enumerate(requests):
-        accused = request.deaths >= ALONE_AFTER or (request.deaths and lease.attempts)
+        accused = request.deaths >= ALONE_AFTER or (request.deaths and attempts)
         if request.deaths > GIVEN_UP_AFTER:
             work.record(crashed(request))
         elif accused or at < careful:
             work.alone.append(request)
         else:
             work.add(request)
-    return work
 
 
 def answered(request: Request, custom_id: str, answer: Answer, gpu_seconds: float) -> Outcome:

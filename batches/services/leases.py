@@ -483,11 +483,14 @@ SELECT FROM freed
 """Refunds the charge: the chunk is charged for anew when it is leased again."""
 
 
-def give_back(lease: Lease) -> None:
-    """Let go of a chunk that is not finished, so that another worker may have it at once."""
+def give_back(lease: Lease, *, wake: bool = True) -> None:
+    """Let go of a chunk that is not finished, so that another worker may have it at once.
+
+    Without `wake` it is left to be found: what no worker could do anything with need wake none.
+    """
     with connection.cursor() as cursor:
         cursor.execute(_GIVE_BACK, [lease.chunk_id, lease.fencing_token, lease.charged])
-        if cursor.rowcount:
+        if cursor.rowcount and wake:
             wakeups.gpu_workers()
     wakeups.finalize(lease.batch_id)  # does nothing unless the batch was cancelled meanwhile
 

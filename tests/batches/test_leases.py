@@ -326,6 +326,19 @@ def test_a_chunk_given_back_counts_no_attempt(owner: Person) -> None:
     assert jobs.lease().attempts == 0
 
 
+@threaded
+def test_a_chunk_is_given_back_with_a_wake_up_or_without_one(
+    owner: Person, wakeups_sent: list[tuple[str, ...]]
+) -> None:
+    batch = jobs.running(owner.caller, 10)
+    for wake in (True, False):
+        lease = jobs.lease()
+        wakeups_sent.clear()
+        leases.give_back(lease, wake=wake)
+        assert jobs.states(batch) == [("ready", 0)]
+        assert (("worker.tasks.wake",) in wakeups_sent) is wake
+
+
 def test_only_its_holder_gives_a_chunk_back(owner: Person) -> None:
     batch = jobs.running(owner.caller, 10)
     old = jobs.lease()

@@ -25,7 +25,6 @@ from tests.conftest import Person
 from tests.s3 import Bucket
 from tests.stack import ROOT
 from tests.wire import error_of, upload
-from worker import work
 
 pytestmark = pytest.mark.usefixtures("bucket")
 database = pytest.mark.django_db
@@ -96,7 +95,7 @@ def test_a_chunk_costs_few_requests(owner: Person, bucket: Bucket, settings: Any
     asked = []
     for lease in sorted(got, key=lambda lease: lease.start):
         bucket.asked()
-        assert len(work.read(lease).todo) == 1_000
+        assert len(jobs.read(lease).todo) == 1_000
         asked.append(len(bucket.asked()))
     # To open a file is its first 64 KB. The first three chunks' part of the index is in them, the
     # last one's is one request more; so are each chunk's 150 KB of lines.
@@ -151,7 +150,7 @@ def test_what_a_sender_calls_its_content_is_not_passed_on(bucket: Bucket) -> Non
 def test_a_batch_goes_its_way_and_leaves_what_it_should(owner: Person, bucket: Bucket) -> None:
     batch = jobs.running(owner.caller, 20)
     lease = jobs.lease()
-    assert [each.line for each in work.read(lease).todo] == list(range(1, 21))
+    assert [each.line for each in jobs.read(lease).todo] == list(range(1, 21))
     found = [jobs.outcome(at, ok=at % 5 != 0) for at in range(1, 21)]
     leases.save(lease=lease, outcomes=found, finished=True)
     finalization.finalize_batch(batch.pk)
@@ -446,7 +445,7 @@ def test_what_the_store_interrupts_goes_on_when_it_is_back(owner: Person, bucket
     validation.validate_batch(batch.pk)
     lease = jobs.lease()
     with bucket.server.stopped(), pytest.raises(OSError, match="/index-"):
-        work.read(lease)
+        jobs.read(lease)
     leases.save(lease=lease, outcomes=[jobs.outcome(at) for at in range(1, 5)], finished=True)
     with bucket.server.stopped(), pytest.raises(StorageAway):
         finalization.finalize_batch(batch.pk)
@@ -476,4 +475,4 @@ def test_a_worker_that_does_not_see_the_files_says_what_to_look_at(owner: Person
     batch = jobs.running(owner.caller, 3)
     storage.remove(batch.input_file.storage_name)
     with pytest.raises(FileNotFoundError, match="is STORAGE_URL the same place on all hosts"):
-        work.read(jobs.lease())
+        jobs.read(jobs.lease())

@@ -56,7 +56,7 @@ class Script:
         self.sleep_error = self.wake_error = no_trouble
         self.options: dict[str, Any] = {}
         self.sleeps = False
-        self.canary: Callable[[ScriptedEngine], Answer] = lambda engine: text(engine.spec.name)
+        self.canary: Callable[[ScriptedEngine], Answer] = healthy
         self.hangs = ""
         self.pids: dict[str, list[int]] = {}
         self.loading = False
@@ -210,6 +210,17 @@ def text(said: str) -> Answer:
     return Answer(200, orjson.dumps({"id": object.__repr__(said), "choices": [{"text": said}]}))
 
 
+def healthy(engine: ScriptedEngine) -> Answer:
+    """The same to the canary each time."""
+    return text(engine.spec.name)
+
+
+def deadly(engine: ScriptedEngine) -> Answer:
+    """The engine dies of its canary."""
+    engine.die()
+    raise EngineDied("as the script says")
+
+
 class Gpu:
     """A GPU of 100 bytes that the scripted engines share; `others` is held by other processes."""
 
@@ -308,6 +319,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
 
 def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(loops, "APART_SECONDS", 0.01)
     monkeypatch.setattr(loops, "SAVE_SECONDS", 0.05)
     monkeypatch.setattr(loops, "FINISH_SECONDS", 0.2)
     monkeypatch.setattr("worker.database.FIRST_PAUSE", 0.02)

@@ -253,6 +253,67 @@ def test_a_chunk_does_not_wait_for_a_model_to_load_on_a_sick_gpu(
         wait_for(lambda: jobs.states(batch) == [("ready", 0)])
 
 
+def dies_and_hangs(script: Script) -> None:
+    """From now on the engine is dead, and does not come back."""
+    script.hangs = "load"
+    script.reply = lambda said: EngineDied("")
+
+
+def test_chunks_do_not_wait_for_an_engine_to_come_back_on_a_sick_gpu(
+    owner: Person, script: Script, card: Card
+) -> None:
+    script.reply = only("say 1")
+    batch = jobs.running(owner.caller, 5)
+    with guarded() as it:
+        wait_for(lambda: jobs.journal(batch) == [1])
+        dies_and_hangs(script)
+        wait_for(lambda: script.loading)
+        assert len(it.loop.held()) == 1
+        card.errors[""] = pynvml.NVML_ERROR_GPU_IS_LOST
+        wait_for(lambda: it.loop.held() == [])
+        wait_for(lambda: not script.loading)
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+        script.hangs, script.reply = "", answer
+        with running("gpu1"):
+            completed(batch, 5)
+
+
+def test_chunks_do_not_wait_for_an_engine_to_come_back_on_a_gpu_that_is_hot_for_long(
+    owner: Person, script: Script, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load itself goes on: the next chunk will be glad of it."""
+    monkeypatch.setattr(guard, "REST_SECONDS", 0.1)
+    script.reply = only("say 1")
+    batch = jobs.running(owner.caller, 5)
+    with guarded() as it:
+        wait_for(lambda: jobs.journal(batch) == [1])
+        dies_and_hangs(script)
+        wait_for(lambda: script.loading)
+        card.temperature = HOT
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+        wait_for(lambda: it.loop.held() == [])
+        assert script.loading
+        script.hangs, script.reply = "", answer
+        card.temperature = COOL
+        completed(batch, 5)
+    assert script.loads == ["echo", "echo"]
+
+
+def test_a_driver_that_hangs_is_noticed_while_a_model_loads(
+    owner: Person, script: Script, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(guard, "JUDGE_SECONDS", 0.0)
+    monkeypatch.setattr(guard, "REST_SECONDS", 0.1)
+    script.hangs = "load"
+    jobs.running(owner.caller, 2)
+    with guarded() as it:
+        wait_for(lambda: script.loading)
+        monkeypatch.setattr(guard, "READ_SECONDS", 3_600)  # as good as hanging
+        wait_for(lambda: it.loop.held() == [])  # which the heartbeat asks
+        it.loop.stop()
+
+
 def test_what_a_worker_says_of_its_gpu_is_in_its_row(
     owner: Person, script: Script, card: Card
 ) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +18,15 @@ from typing import Any
 import orjson
 import psutil
 import pytest
-from django.db import DEFAULT_DB_ALIAS, connections
 
 from models_registry.models import Measurement, Model, ModelLoad
 from models_registry.services import register_model, retry_model
-from tests.jobs import wait_for
+from tests.jobs import TheTests, wait_for
 from tests.worker import scripted
 from tests.worker.conftest import Loop
 from tests.worker.scripted import Gpu, Script, text
 from tests.worker.test_ladder import CACHE, SAMPLER, WEIGHTS, taken
 from worker import hosting, memory
-from worker.database import Database
 from worker.engines.base import Answer, LoadFailed, ModelSpec
 from worker.hosting import Host
 from worker.memory import Memory
@@ -53,23 +51,6 @@ def data_dir(tmp_path: Path, settings: Any) -> Path:
 def models() -> None:
     for name in NAMES:
         register_model(name=name, source=f"org/{name}")
-
-
-class TheTests(Database):
-    """The test's own connection, and so its transaction, in the database's thread: the test waits
-    meanwhile."""
-
-    def __init__(self) -> None:
-        mine = connections[DEFAULT_DB_ALIAS]
-        mine.inc_thread_sharing()
-        self._thread = ThreadPoolExecutor(
-            1, initializer=lambda: connections.__setitem__(DEFAULT_DB_ALIAS, mine)
-        )
-        self.give_up_at = None
-
-    def close(self) -> None:
-        self._thread.shutdown()
-        connections[DEFAULT_DB_ALIAS].dec_thread_sharing()
 
 
 class Running(Host):
@@ -270,6 +251,84 @@ def test_what_can_be_known_beforehand_costs_the_other_model_nothing(
     assert host.left_out() == ["b"]
     assert host.use("a")
     assert script.happened == ["load a"]
+
+
+def test_a_load_that_never_ends_is_ended(host: Running, script: Script, settings: Any) -> None:
+    settings.LOAD_SECONDS = 0
+    script.hangs, process = "load", _process()
+    script.pids = {"a": [process.pid]}
+    try:
+        assert not host.use("a")
+        assert not psutil.pid_exists(process.pid)  # what it had started is ended
+    finally:
+        process.kill()
+        process.wait()
+    said = (
+        "It was not loaded within 0 seconds, so its load was ended. If it only takes longer (a "
+        "large download, a slow disk), raise LOAD_SECONDS; else see the worker's log for what it "
+        "waited for."
+    )
+    assert (Model.objects.get(name="a").load_error, host.left_out()) == (said, ["a"])
+    assert history("a") == [("load", said)]
+    assert (host.engine, script.happened[-1]) == (None, "unload a")
+
+
+def test_an_engine_that_dies_of_its_first_request_was_not_loaded(
+    host: Running, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found out by a request of the host's own, and left out for longer each time."""
+    now = [1000.0]
+    monkeypatch.setattr(hosting, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    script.sleeps, script.canary = False, scripted.deadly
+    for pause in (60, 120):
+        assert not host.use("a")
+        now[0] += pause - 1
+        assert host.left_out() == ["a"]
+        now[0] += 2
+        assert host.left_out() == []
+    said = "It was loaded, and died of its first request: as the script says"
+    assert (Model.objects.get(name="a").load_error, host.engine) == (said, None)
+
+
+def test_one_that_cannot_be_asked_has_answered_nothing_yet(host: Running, script: Script) -> None:
+    assert host.use("a")
+    assert host.has_answered
+    script.canary = lambda engine: Answer(400, b"{}")
+    assert host.use("b")
+    assert not host.has_answered
+    host.answered()
+    assert host.has_answered
+
+
+def test_a_model_that_is_left_out_is_left_out_for_longer_unless_it_has_answered(
+    host: Running, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(hosting, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    script.canary = lambda engine: Answer(400, b"{}")
+    for answers, pause in ((False, 60), (False, 120), (True, 60), (False, 120)):
+        assert host.use("a")
+        if answers:
+            host.answered()
+        host.loop.run(host.leave_out("away"))
+        assert (host.told.loaded, host.engine) == ("", None)
+        now[0] += pause - 1
+        assert host.left_out() == ["a"]
+        now[0] += 2
+        assert host.left_out() == []
+    assert Model.objects.get(name="a").load_error == "away"
+
+
+def test_an_engine_that_died_awake_is_not_had_and_loaded_anew(
+    host: Running, script: Script
+) -> None:
+    assert host.use("a")
+    assert script.engine is not None
+    script.engine.die()
+    assert not host.loop.run(host.has("a"))
+    assert host.use("a")
+    assert script.happened == ["load a", "unload a", "load a"]
+    assert host.loop.run(host.has("a"))
 
 
 def test_an_engines_bug_while_it_loads_leaves_nothing(host: Running, script: Script) -> None:

@@ -25,7 +25,7 @@ from tests.worker import scripted
 from tests.worker.scripted import Reply, Script, answer, hold, running
 from tests.worker.test_loop import suspects, whole
 from worker import lane as workers_lane
-from worker.engines.base import Answer, EngineDied, LoadFailed
+from worker.engines.base import Answer, EngineAway, EngineDied, LoadFailed
 from worker.models import WorkerState
 
 pytestmark = [
@@ -358,6 +358,21 @@ def test_an_engine_that_dies_is_loaded_again_and_batches_lose_nothing(
         assert it.loop.status.loads == 2
         assert content(sent("next")) == "next"
     assert max(suspects(batch).values(), default=0) <= 1
+
+
+def test_where_an_engine_is_away_whoever_waits_is_told_to_come_again(
+    owner: Person, script: Script
+) -> None:
+    script.reply = hold
+    jobs.running(owner.caller, 3)
+    with running() as it:
+        wait_for(lambda: len(script.flying) == 3)
+        served()
+        call = sent("hello")
+        wait_for(lambda: "hello" in script.flying)
+        script.reply = lambda said: EngineAway("away") if said == "say 1" else None
+        assert error(call) == (503, "engine_away")
+        wait_for(lambda: it.loop.status.loaded == "")
 
 
 def test_an_engine_that_dies_with_real_time_requests_alone_is_loaded_again(script: Script) -> None:

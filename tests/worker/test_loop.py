@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,17 @@ from tests.jobs import wait_for
 from tests.worker import scripted
 from tests.worker.scripted import Reply, Script, answer, heart_of, hold, only, running
 from worker import loop as loops
-from worker.engines.base import Answer, EngineDied, LoadFailed, ModelSpec, Report
+from worker.engines.base import (
+    Answer,
+    EngineAway,
+    EngineDied,
+    LoadFailed,
+    ModelSpec,
+    Report,
+)
 from worker.loop import LeaseLoop
 from worker.models import WorkerState
+from worker.work import GIVEN_UP_AFTER
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -85,6 +94,20 @@ def failed_with(batch: Batch) -> list[tuple[str, str]]:
 def suspects(batch: Batch) -> dict[int, int]:
     with scopes_disabled():
         return dict(Suspect.objects.filter(batch=batch).values_list("line", "deaths"))
+
+
+class Store:
+    """A storage that answers no worker from now on, until its gate is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked, self.gate = threading.Event(), threading.Event()
+        self.pieces = storage.pieces
+        monkeypatch.setattr(storage, "pieces", self.slowly)
+
+    def slowly(self, name: str, spans: Any) -> Any:
+        self.asked.set()
+        self.gate.wait(60)
+        return self.pieces(name, spans)
 
 
 # --- Running and saving ---------------------------------------------------------------------
@@ -324,6 +347,45 @@ def test_without_wake_ups_work_is_found_by_looking(owner: Person, script: Script
         whole(jobs.running(owner.caller, 3), 3)
 
 
+def test_wake_ups_in_a_row_make_a_few_looks(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while something is in hand. The last of them is not lost."""
+    monkeypatch.setattr(loops, "POLL_SECONDS", 3_600)
+    monkeypatch.setattr(loops, "APART_SECONDS", 0.5)
+    lease_next, looks = leases.lease_next, list[float]()
+
+    def counted(**given: Any) -> Any:
+        looks.append(time.monotonic())
+        return lease_next(**given)
+
+    def pester(loop: LeaseLoop) -> None:
+        looks.clear()
+        for _ in range(100):
+            loop.wake()
+            time.sleep(0.01)
+        assert all(after - before > 0.4 for before, after in pairwise(looks))
+
+    monkeypatch.setattr(leases, "lease_next", counted)
+    with running() as it:
+        wait_for(lambda: it.loop.status.state == WorkerState.IDLE)
+        pester(it.loop)
+        batch = jobs.running(owner.caller, 3)
+        it.loop.wake()
+        whole(batch, 3)
+        script.reply = hold
+        batch = jobs.running(owner.caller, 3)
+        it.loop.wake()
+        wait_for(lambda: len(script.flying) == 3)
+        pester(it.loop)
+        more = jobs.running(owner.caller, 3)
+        it.loop.wake()
+        wait_for(lambda: len(script.flying) == 4)
+        script.reply = answer
+        whole(batch, 3)
+        whole(more, 3)
+
+
 def test_a_worker_that_drains_takes_nothing_more(
     owner: Person, script: Script, settings: Any
 ) -> None:
@@ -512,6 +574,35 @@ def test_a_model_that_does_not_fit_is_left_to_other_kinds_of_gpu(
         whole(first, 3)
 
 
+# --- Engines that are away ------------------------------------------------------------------
+
+
+def test_an_engine_that_is_away_costs_no_line(owner: Person, script: Script) -> None:
+    """What it was asked goes back, unaccused, and the model is left out for a while."""
+    script.reply = lambda said: EngineAway("it is away") if said == "say 3" else None
+    batch = jobs.running(owner.caller, 6)
+    with running() as it:
+        wait_for(lambda: "echo" in it.loop.host._failures)
+        assert jobs.states(batch) == [("ready", 0)]
+        assert (jobs.journal(batch), suspects(batch)) == ([], {})
+        assert Model.objects.get(name="echo").load_error == "it is away"
+        assert (it.loop.held(), it.loop.status.loaded) == ([], "")
+        script.reply = answer
+        it.loop.host._failures.clear()  # as after a minute
+        whole(batch, 6)
+    assert script.loads == ["echo", "echo"]
+
+
+def test_an_engine_that_is_away_holds_up_no_other(owner: Person, script: Script) -> None:
+    register_model(name="other", source="none", engine="instant")
+    script.reply = lambda said: answer(said) if said.startswith("tell") else EngineAway("away")
+    first = jobs.running(owner.caller, 3)
+    second = jobs.running(owner.caller, jobs.lines(3, model="other", prefix="tell"))
+    with running():
+        assert len(said_by(finalized(second))) == 3
+        wait_for(lambda: jobs.states(first) == [("ready", 0)])
+
+
 # --- Engine deaths --------------------------------------------------------------------------
 
 
@@ -576,6 +667,101 @@ def test_poison_for_the_instant_engine_is_one_error_line(
         ended = finalized(batch)
     assert failed_with(ended) == [("poison", "engine_crashed")]
     assert len(said_by(ended)) == 40
+
+
+def test_a_request_that_kills_each_engine_at_once_is_an_error_line(
+    owner: Person, script: Script
+) -> None:
+    """Nothing else is there to be answered: the host itself asks whether the engine works."""
+    script.reply = lambda said: EngineDied("")
+    batch = jobs.running(owner.caller, 1)
+    with running():
+        ended = finalized(batch)
+    assert failed_with(ended) == [("say 1", "engine_crashed")]
+    assert len(script.asked) == 4
+
+
+def test_an_engine_that_dies_of_everything_condemns_nobody(owner: Person, script: Script) -> None:
+    script.reply, script.canary = only("say 1", "say 2"), scripted.deadly
+    batch = jobs.running(owner.caller, 9)
+    with running() as it:
+        wait_for(lambda: "echo" in it.loop.host._failures)
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+        assert (script.asked, suspects(batch)) == ([], {})
+
+        script.canary = scripted.healthy  # as another GPU
+        it.loop.host._failures.clear()
+        wait_for(lambda: jobs.journal(batch) == [1, 2])
+        script.reply, script.canary = (lambda said: EngineDied("")), scripted.deadly
+        wait_for(lambda: "echo" in it.loop.host._failures)
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+        assert set(suspects(batch).values()) == {1}  # of the life that had worked until then
+
+        script.reply, script.canary = answer, scripted.healthy
+        it.loop.host._failures.clear()
+        whole(batch, 9)
+
+
+def test_an_engine_that_answered_nothing_is_left_and_others_get_its_chunks(
+    owner: Person, script: Script
+) -> None:
+    script.canary = lambda engine: Answer(400, b"{}")
+    script.reply = lambda said: EngineDied("")
+    batch = jobs.running(owner.caller, 9)
+    with running() as it:
+        wait_for(lambda: "echo" in it.loop.host._failures)
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+        assert (script.loads, it.loop.held(), jobs.journal(batch)) == (["echo"], [], [])
+        said = "It died before it had answered anything."
+        assert Model.objects.get(name="echo").load_error == said
+        script.reply = answer
+        it.loop.host._failures.clear()
+        whole(batch, 9)
+
+
+def test_where_nothing_else_can_be_asked_poison_is_condemned_as_well_if_later(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.hosting.FIRST_PAUSE", 0.05)
+    monkeypatch.setattr("worker.hosting.LONGEST_PAUSE", 0.05)
+    script.canary = lambda engine: Answer(400, b"{}")
+    script.reply = lambda said: EngineDied("")
+    batch = jobs.running(owner.caller, 1)
+    with running():
+        ended = finalized(batch)
+    assert failed_with(ended) == [("say 1", "engine_crashed")]
+    assert len(script.asked) == GIVEN_UP_AFTER + 1
+
+
+def test_an_engine_that_died_idle_is_not_held_against_what_comes_next(
+    owner: Person, script: Script
+) -> None:
+    with running() as it:
+        whole(jobs.running(owner.caller, 3), 3)
+        assert script.engine is not None
+        script.engine.die()
+        wait_for(lambda: it.loop.status.loaded == "")
+        batch = jobs.running(owner.caller, 3)
+        whole(batch, 3)
+        assert suspects(batch) == {}
+    assert script.loads == ["echo", "echo"]
+
+
+def test_an_engine_that_died_with_a_chunk_in_hand_and_nothing_in_flight_is_loaded_again(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running() as it:
+        whole(jobs.running(owner.caller, 3), 3)
+        store = Store(monkeypatch)
+        batch = jobs.running(owner.caller, 3)
+        assert store.asked.wait(60)
+        assert script.engine is not None
+        script.engine.die()
+        it.loop.wake()
+        wait_for(lambda: script.loads == ["echo", "echo"])
+        store.gate.set()
+        whole(batch, 3)
+        assert suspects(batch) == {}
 
 
 def test_a_suspect_is_tried_with_nothing_else_in_flight(owner: Person, script: Script) -> None:
@@ -927,6 +1113,79 @@ def test_a_chunk_that_cannot_be_read_is_given_back(
         wait_for(lambda: jobs.fresh(batch).status == Status.FINALIZING)
     monkeypatch.undo()
     assert (away, jobs.journal(batch)) == ([0], [1, 2, 3, 4, 5])
+
+
+def test_a_chunk_that_cannot_be_read_wakes_nobody(
+    owner: Person,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    wakeups_sent: list[tuple[str, ...]],
+) -> None:
+    def away(name: str) -> Any:
+        raise OSError("the storage is away")
+
+    batch = jobs.running(owner.caller, 5)
+    wakeups_sent.clear()
+    monkeypatch.setattr("worker.work.storage.opened", away)
+    with running() as it:
+        wait_for(lambda: batch.pk in it.loop._unreadable)
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+        assert ("worker.tasks.wake",) not in wakeups_sent
+
+
+def test_a_slow_store_holds_up_no_save_and_costs_no_lease(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.reply = hold
+    first = jobs.running(owner.caller, 3)
+    with running() as it:
+        wait_for(lambda: len(script.flying) == 3)
+        store = Store(monkeypatch)
+        second = jobs.running(owner.caller, 4)
+        assert store.asked.wait(60)
+        [mine] = [lease for lease in it.loop.held() if lease.batch_id == second.pk]
+        jobs.expire_lease(mine.chunk_id)
+        heart_of(it.loop)._renew()
+        assert leases.release_expired() == 0
+        script.reply = answer
+        whole(first, 3)
+        store.gate.set()
+        whole(second, 4)
+        assert [attempts for _, attempts in jobs.states(second)] == [0]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_chunk_that_is_dropped_while_it_is_read_is_let_go_at_once(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    store = Store(monkeypatch)
+    batch = jobs.running(owner.caller, 3)
+    with running() as it:
+        assert store.asked.wait(60)
+        [lease] = it.loop.held()
+        it.loop.draining = True
+        it.loop.let_go(lease, lost=lost)
+        wait_for(lambda: it.loop.held() == [])
+        assert jobs.states(batch) == [("leased" if lost else "ready", 0)]
+        store.gate.set()
+        wait_for(lambda: not it.loop._readers)
+        assert (it.loop.held(), script.asked) == ([], [])
+
+
+def test_a_chunk_that_a_bug_keeps_from_being_read_is_not_taken_for_one_without_lines(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(name: str) -> Any:
+        raise ZeroDivisionError
+
+    batch = jobs.running(owner.caller, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("worker.work.storage.opened", bug)
+        with running() as it:
+            wait_for(lambda: batch.pk in it.loop._unreadable)
+            wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+    with running("gpu1"):
+        whole(batch, 3)
 
 
 def _short_sleep(sleep: Any) -> Any:

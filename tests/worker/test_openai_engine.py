@@ -23,6 +23,7 @@ from worker.engines import openai
 from worker.engines.base import (
     Answer,
     Chunk,
+    EngineAway,
     EngineDied,
     LoadFailed,
     ModelSpec,
@@ -165,9 +166,9 @@ def test_refusals_are_not_retried(remote: HTTPServer, status: int) -> None:
 
 
 def test_the_last_error_is_the_answer(remote: HTTPServer) -> None:
-    seen = Remote(remote, reply(503, {"error": {"message": "Full."}}))
+    seen = Remote(remote, reply(500, {"error": {"message": "Full."}}))
     answer = ask(spec_of(remote, engine_args={"max_retries": 2}))
-    assert (answer.status, len(seen.requests)) == (503, 3)
+    assert (answer.status, len(seen.requests)) == (500, 3)
     assert error_of(answer) == {
         "message": "Full.",
         "type": "server_error",
@@ -274,26 +275,105 @@ def test_an_answer_is_bounded(remote: HTTPServer, monkeypatch: pytest.MonkeyPatc
     assert error_of(answer)["message"] == "The remote answer exceeds 1000 bytes"
 
 
-def test_a_slow_request_fails_alone(remote: HTTPServer) -> None:
+def test_a_slow_request_fails_alone_and_is_not_generated_again(remote: HTTPServer) -> None:
+    asked = []
+
     def slow(request: Request) -> Response:
+        asked.append(1)
         time.sleep(0.3)
         return reply()
 
     remote.expect_request(CHAT).respond_with_handler(slow)
-    args = {"timeout_seconds": 0.1, "max_retries": 1}
+    args = {"timeout_seconds": 0.1, "max_retries": 5}
     answer = ask(spec_of(remote, engine_args=args))
-    assert answer.status == 504
+    assert (answer.status, len(asked)) == (504, 1)
     assert error_of(answer)["message"] == "The remote engine did not answer in 0.1 seconds"
 
 
-def test_a_lost_server_is_a_dead_engine() -> None:
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_server_that_cannot_be_had_is_away(remote: HTTPServer, status: int) -> None:
+    seen = Remote(remote, reply(status, "busy"))
+    with pytest.raises(EngineAway, match=f"is away: HTTP {status}"):
+        ask(spec_of(remote, engine_args={"max_retries": 2}))
+    assert len(seen.requests) == 3
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_who_waits_is_told_of_it_at_once_or_after_the_retries(
+    remote: HTTPServer, status: int
+) -> None:
+    Remote(remote, reply(status, {"error": {"message": "Gone."}}))
+    spec = spec_of(remote, engine_args={"max_retries": 1})
+    answer = use(spec, lambda engine: engine.answer(CHAT, BODY, urgent=True))
+    assert (answer.status, error_of(answer)["code"]) == (503, "engine_away")
+    refused = refusal(spec)
+    assert (refused.status, error_of(refused)["message"]) == (503, "Gone.")
+
+
+@pytest.mark.parametrize(("status", "is_its_own"), [(502, True), (504, True), (503, False)])
+def test_what_fails_while_others_are_answered_is_no_sign_of_a_server_that_is_away(
+    remote: HTTPServer, status: int, is_its_own: bool
+) -> None:
+    failed, answered = threading.Event(), threading.Event()
+
+    def handle(request: Request) -> Response:
+        if b"too much" not in request.get_data():
+            return reply()
+        if failed.is_set():
+            answered.wait(30)
+        failed.set()
+        return reply(status, "no")
+
+    remote.expect_request(CHAT).respond_with_handler(handle)
+
+    async def work(engine: OpenAIEngine) -> Any:
+        hard = asyncio.create_task(engine.answer(CHAT, BODY | {"user": "too much"}))
+        await asyncio.to_thread(failed.wait, 30)
+        await asyncio.sleep(0.1)  # until the failure is here
+        assert (await engine.answer(CHAT, BODY)).ok
+        answered.set()
+        return (await asyncio.gather(hard, return_exceptions=True))[0]
+
+    found = use(spec_of(remote, engine_args={"max_retries": 1}), work)
+    if is_its_own:
+        assert found.status == status
+    else:
+        assert isinstance(found, EngineAway)
+
+
+def test_what_was_begun_before_shows_nothing_of_a_server_that_is_away(remote: HTTPServer) -> None:
+    """A server that ends takes nothing more, and finishes what it has."""
+    failed = threading.Event()
+
+    def handle(request: Request) -> Response:
+        if b"early" in request.get_data():
+            failed.wait(30)
+            return reply()
+        failed.set()
+        return reply(502, "ending")
+
+    remote.expect_request(CHAT).respond_with_handler(handle)
+
+    async def work(engine: OpenAIEngine) -> list[Any]:
+        early = asyncio.create_task(engine.answer(CHAT, BODY | {"user": "early"}))
+        await asyncio.sleep(0.1)
+        late = asyncio.create_task(engine.answer(CHAT, BODY))
+        return await asyncio.gather(early, late, return_exceptions=True)
+
+    args = {"max_retries": 3, "backoff_seconds": 0.2}
+    first, last = use(spec_of(remote, engine_args=args), work)
+    assert first.ok
+    assert isinstance(last, EngineAway)
+
+
+def test_a_lost_server_is_away() -> None:
     mortal = HTTPServer()
     mortal.start()
     mortal.expect_request("/v1/models").respond_with_json({"data": []})
 
     async def lose(engine: OpenAIEngine) -> None:
         await asyncio.to_thread(mortal.stop)
-        with pytest.raises(EngineDied):
+        with pytest.raises(EngineAway, match="is away: "):
             await engine.answer(CHAT, BODY)
 
     use(spec_of(mortal, engine_args={"max_retries": 1}), lose)
@@ -553,7 +633,7 @@ def test_a_stream_from_nowhere_is_a_refusal(remote: HTTPServer) -> None:
             await anext(engine.stream(CHAT, BODY))
         return refused.value.answer
 
-    assert use(spec, work).status == 502
+    assert use(spec, work).status == 503
 
 
 def test_whoever_stops_reading_ends_the_request(remote: HTTPServer) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from models_registry.profiles import PROFILES, engine_args
@@ -24,6 +28,17 @@ SMALL = engine_args(12_288)
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "on_cpu", lambda: False)
+
+
+def test_a_process_that_ends_just_when_it_is_to_be_ended_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = VllmEngine(ModelSpec("m", "source"))
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    monkeypatch.setattr(engine, "pids", lambda: [child.pid])
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: True)  # as a moment before
+    asyncio.run(engine._end_processes())
 
 
 def words(usual: dict[str, Any], **fields: Any) -> list[str]:

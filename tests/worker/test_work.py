@@ -42,7 +42,7 @@ def test_a_chunk_is_read_in_execution_order(owner: Person, settings: Any) -> Non
     said = [long["a"] + "1", long["b"] + "1", long["a"] + "2", long["b"] + "2"]
     lines = [jobs.line(text, custom_id=str(at)) for at, text in enumerate(said, 1)]
     jobs.running(owner.caller, lines)
-    taken = [work.read(jobs.lease()), work.read(jobs.lease())]
+    taken = [jobs.read(jobs.lease()), jobs.read(jobs.lease())]
     assert [[each.line for each in one.todo] for one in taken] == [[1, 3, 2], [4]]
     assert [orjson.loads(each.text) for each in taken[0].todo] == [lines[0], lines[2], lines[1]]
 
@@ -54,7 +54,7 @@ def test_what_is_saved_is_not_read_again(owner: Person) -> None:
     lease = jobs.lease()
     leases.save(lease=lease, outcomes=[jobs.outcome(2), jobs.outcome(4)], finished=False)
     leases.give_back(lease)
-    again = work.read(jobs.lease())
+    again = jobs.read(jobs.lease())
     assert [each.line for each in again.todo] == [1, 3]
     assert (again.finished, again.all_run) == ([], False)
 
@@ -68,7 +68,7 @@ def test_suspects_wait_for_their_trial_and_the_guilty_are_told(owner: Person) ->
     for line, deaths in ((1, 1), (2, ALONE_AFTER), (3, GIVEN_UP_AFTER), (4, GIVEN_UP_AFTER + 1)):
         for _ in range(deaths):
             leases.accuse(lease.batch_id, [line])
-    taken = work.read(jobs.lease())
+    taken = jobs.read(jobs.lease())
     assert [(each.line, each.deaths) for each in taken.todo] == [(1, 1), (5, 0)]
     assert [(each.line, each.deaths) for each in taken.alone] == [(2, 3), (3, 4)]
     assert [outcome.line for outcome in taken.finished] == [4]
@@ -81,7 +81,7 @@ def test_a_chunk_whose_owners_died_is_run_one_by_one(owner: Person) -> None:
     for _ in range(ALONE_AFTER):
         jobs.expire_lease(jobs.lease().chunk_id)
         leases.release_expired()
-    taken = work.read(jobs.lease())
+    taken = jobs.read(jobs.lease())
     assert (len(taken.todo), [each.line for each in taken.alone]) == (0, [1, 2, 3])
 
 
@@ -97,7 +97,7 @@ def test_a_file_that_is_cut_short_is_an_error_and_no_smaller_chunk(
     # 20 bytes are a record of the index, and less than a line of the input.
     (own_storage / name).write_bytes(whole[:-20])
     with pytest.raises(OSError, match="shorter than"):
-        work.read(jobs.lease())
+        jobs.read(jobs.lease())
 
 
 @database
@@ -106,7 +106,7 @@ def test_a_file_that_is_gone_is_an_error(owner: Person) -> None:
     batch = jobs.running(owner.caller, 3)
     storage.remove(batch.index_name)
     with pytest.raises(OSError, match="No such file"):
-        work.read(jobs.lease())
+        jobs.read(jobs.lease())
 
 
 # --- Bookkeeping ----------------------------------------------------------------------------

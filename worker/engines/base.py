@@ -109,6 +109,11 @@ class EngineDied(Exception):
     """The engine is gone and took its in-flight requests with it; load it again to go on."""
 
 
+class EngineAway(Exception):
+    """The engine cannot be had for now, whatever it is asked; nothing that it was asked is to
+    blame, and all of it may be asked again."""
+
+
 class LoadFailed(Exception):
     """The model cannot be loaded here; the message says why, for people."""
 

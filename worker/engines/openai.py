@@ -25,6 +25,7 @@ from worker.engines.base import (
     Answer,
     Chunk,
     Engine,
+    EngineAway,
     EngineDied,
     LoadFailed,
     ModelSpec,
@@ -36,6 +37,10 @@ from worker.engines.streaming import encoded
 logger = structlog.get_logger(__name__)
 
 RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
+BUSY = frozenset({429, 503})
+"""What a server says of itself, and not of a request."""
+AWAY = BUSY | {502, 504}
+"""What is said of a server that is away, but also of one that a single request was too much for."""
 BODY_LIMIT = 64 * 1024 * 1024
 """Bytes of one answer, after decompression; a longer one is refused."""
 EVENT_LIMIT = 4 * 1024 * 1024
@@ -43,6 +48,7 @@ EVENT_LIMIT = 4 * 1024 * 1024
 CONNECT_SECONDS = 30.0
 LONGEST_PAUSE = 60.0
 """Seconds: cap of the pause before a retry, also of one that the server asked for."""
+LOST = "The connection to the remote engine was lost"
 OPTIONS: dict[str, float] = {
     "concurrency": 64,
     "max_retries": 5,
@@ -73,6 +79,8 @@ class OpenAIEngine(Engine):
         self.gpus = 0
         self.capacity = self.slots = int(OPTIONS["concurrency"])
         self._session: aiohttp.ClientSession | None = None
+        self._alive_at = 0.0
+        """`time.monotonic()` of the last sending that was answered."""
 
     async def check(self) -> None:
         self._settings()
@@ -110,15 +118,18 @@ class OpenAIEngine(Engine):
         try:
             reply = await self._send("GET", "/v1/models", None)
         except (aiohttp.ClientError, OSError, _TooLongError) as error:
-            reason = self._scrubbed(str(error)) or type(error).__name__
-            raise LoadFailed(f"cannot reach {self._root}: {reason}") from error
+            raise LoadFailed(f"cannot reach {self._root}: {self._reason(error)}") from error
         if reply.status in (401, 403):
             raise LoadFailed(f"{self._root} refuses the secret (HTTP {reply.status})")
         if reply.status >= 500 or 300 <= reply.status < 400:
             raise LoadFailed(f"{self._root} answers HTTP {reply.status}")
 
     async def answer(self, endpoint: str, body: dict[str, Any], *, urgent: bool = False) -> Answer:
-        """Send one request, again where that may help; raises EngineDied without a connection."""
+        """Send one request, again where that may help.
+
+        Raises EngineAway where nothing can be had of the remote engine. For `urgent` ones that is
+        an answer: somebody waits for it, and may ask again.
+        """
         if self._session is None:
             raise EngineDied(f"the engine of {self.spec.name} is not loaded")
         if body.get("stream"):
@@ -127,7 +138,12 @@ class OpenAIEngine(Engine):
             payload = self._payload(body)
         except (ValueError, RecursionError):
             return _error(400, "The body cannot be written as JSON")
-        return self._answer_of(await self._ask(endpoint, payload))
+        try:
+            return self._answer_of(await self._ask(endpoint, payload))
+        except EngineAway:
+            if not urgent:
+                raise
+            return _error(503, "The remote engine is away; try again soon", code="engine_away")
 
     def _payload(self, body: dict[str, Any]) -> bytes:
         """The body as the remote engine gets it, in which no tenant says who goes first there."""
@@ -153,42 +169,49 @@ class OpenAIEngine(Engine):
                     yield asked.chunk(event)
         except (aiohttp.ClientError, OSError, _TooLongError) as error:
             logger.warning("stream lost", engine=self._root, error=type(error).__name__)
-            raise Refused(_error(502, "The connection to the remote engine was lost")) from error
+            status = 502 if isinstance(error, _TooLongError) else 503
+            raise Refused(_error(status, LOST)) from error
 
     async def _events(self, endpoint: str, payload: bytes) -> AsyncGenerator[dict[str, Any], None]:
         async with self._request("POST", endpoint, payload) as response:
             if response.status != 200:
-                raise Refused(self._answer_of(Reply(response.status, await _bounded(response))))
+                status = 503 if response.status in AWAY else response.status
+                raise Refused(self._answer_of(Reply(status, await _bounded(response))))
             async for line in _lines(response):
                 event = _decode(line.removeprefix(b"data:")) if line.startswith(b"data:") else None
                 if isinstance(event, dict):
                     yield event
 
     async def _ask(self, endpoint: str, payload: bytes) -> Reply:
-        """The first reply that is worth no retry, or the last one."""
+        """The first reply that is worth no retry, or the last one; raises EngineAway."""
+        failed_at, why = 0.0, ""
         for attempt in range(self._retries + 1):
-            last = attempt == self._retries
-            pause = None
+            began = time.monotonic()
             try:
                 reply = await self._send("POST", endpoint, payload)
-                if last or reply.status not in RETRIED:
-                    return reply
-                pause = reply.pause
             except _TooLongError:
                 return _made_up(502, f"The remote answer exceeds {BODY_LIMIT} bytes")
             except (aiohttp.ClientError, OSError) as error:
-                if last or self._session is None:
-                    return self._lost(error)
-            await asyncio.sleep(self._pause(attempt, pause))
-        raise AssertionError("unreachable")
+                if _is_slow(error):  # once more it would be as slow, and generated in vain
+                    said = f"The remote engine did not answer in {self._timeout:g} seconds"
+                    return _made_up(504, said)
+                reply, why = _made_up(502, LOST), self._reason(error)
+            else:
+                why = f"HTTP {reply.status}"
+            if reply.status not in RETRIED:
+                self._alive_at = max(self._alive_at, began)
+                return reply
+            failed_at = failed_at or time.monotonic()
+            if attempt < self._retries:
+                await asyncio.sleep(self._pause(attempt, reply.pause))
+        # What was sent after this one had failed, and was answered, shows that it is this one's
+        # own trouble. What was sent before shows nothing: servers end what they have begun.
+        if reply.status in BUSY or (reply.status in AWAY and self._alive_at < failed_at):
+            raise EngineAway(f"{self._root} is away: {why}")
+        return reply
 
-    def _lost(self, error: Exception) -> Reply:
-        # A slow answer is the request's trouble; only a connection's end is the engine's.
-        slow = isinstance(error, asyncio.TimeoutError)
-        if slow and not isinstance(error, aiohttp.ConnectionTimeoutError):
-            return _made_up(504, f"The remote engine did not answer in {self._timeout:g} seconds")
-        reason = self._scrubbed(str(error)) or type(error).__name__
-        raise EngineDied(f"lost {self._root}: {reason}") from error
+    def _reason(self, error: Exception) -> str:
+        return self._scrubbed(str(error)) or type(error).__name__
 
     def _pause(self, attempt: int, asked: float | None) -> float:
         """Seconds to wait: what the server asked for, else a random part of a doubling bound."""
@@ -249,6 +272,12 @@ class OpenAIEngine(Engine):
     def pids(self) -> list[int]:
         """None: the engine runs elsewhere."""
         return []
+
+
+def _is_slow(error: Exception) -> bool:
+    """Whether it was the answer that took too long, and not the connection."""
+    is_late = isinstance(error, asyncio.TimeoutError)
+    return is_late and not isinstance(error, aiohttp.ConnectionTimeoutError)
 
 
 def _number(value: Any, name: str, least: float) -> float:

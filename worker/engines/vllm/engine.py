@@ -334,7 +334,10 @@ class VllmEngine(Engine):
 
     async def _end_processes(self) -> None:
         """Wait for what the engine started; kill by pid what does not end."""
-        left = [psutil.Process(pid) for pid in self.pids() if psutil.pid_exists(pid)]
+        left = []
+        for pid in self.pids():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.append(psutil.Process(pid))
         self._cores, self._strangers = [], None
         if not left:
             return
