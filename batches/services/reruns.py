@@ -42,7 +42,7 @@ def retry_failed(*, actor: Caller, batch: Batch) -> Batch:
             progress_percents=batch.progress_percents,
         )
     except Exception:
-        files.delete_file(actor=actor, file=file)
+        files.hide(actor=actor, file=file)
         raise
 
 

@@ -21,7 +21,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django_scopes import scopes_disabled
 
-from accounts.models import ApiKey, User
+from accounts.models import ApiKey, AuditEvent, User
 from accounts.services import projects
 from batches.models import Batch, File
 from batches.models.batches import NEXT, Status
@@ -451,6 +451,19 @@ def test_several_are_cancelled_after_a_question(owner: Person, stranger: Person)
     ]
     assert {status_of(each) for each in chosen} == {Status.CANCELLING}
     assert (status_of(other), status_of(foreign)) == (Status.IN_PROGRESS, Status.IN_PROGRESS)
+    with scopes_disabled():
+        events = AuditEvent.objects.filter(action="batch.cancelled").order_by("number")
+        assert list(events.values_list("actor", "target_id")) == [
+            (owner.user.pk, each.pk) for each in chosen[::-1]
+        ]
+
+
+def test_cancelling_twice_is_told_once(owner: Person) -> None:
+    batch = batch_of(owner, status=Status.IN_PROGRESS)
+    for _ in range(2):
+        batches.cancel_batch(actor=owner.caller, batch=batch)
+    with scopes_disabled():
+        assert AuditEvent.objects.filter(action="batch.cancelled").count() == 1
 
 
 def test_cancelling_none_asks_for_some(owner: Person) -> None:

@@ -57,6 +57,13 @@ def again(file: File) -> File:
         return File.objects.get(pk=file.pk)
 
 
+def deletions() -> list[tuple[str, str, str]]:
+    """Who deleted which file, by the audit."""
+    with scopes_disabled():
+        found = AuditEvent.objects.filter(action="file.deleted").order_by("number")
+        return list(found.values_list("actor_label", "target_id", "target_label"))
+
+
 def preview(client: Client, file: File) -> list[str]:
     page = client.get(f"/files/{file.pk}").content.decode()
     return re.findall(r'<pre class="portal-preview".*?>(.*?)</pre>', page, re.S)
@@ -298,9 +305,12 @@ def test_deleting_asks_for_the_name_and_says_which_batches_use_it(owner: Person,
     assert said in page
     browser.post(f"/files/{file.pk}/delete", {"typed": "another"})
     assert again(file).deleted_at is None
+    assert deletions() == []
     response = browser.post(f"/files/{file.pk}/delete", {"typed": f" {file.filename} "})
     assert response["Location"] == "/files"
     assert again(file).deleted_at is not None
+    files.delete_file(actor=owner.caller, file=file)  # which changes nothing any more
+    assert deletions() == [(owner.user.email, file.pk, file.filename)]
     change(batch, status=Status.COMPLETED)
     assert (
         "No batch uses it"

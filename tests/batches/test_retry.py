@@ -10,7 +10,8 @@ from django.utils import timezone
 from django_scopes import scopes_disabled
 
 from accounts.errors import BadRequest, QuotaExceeded
-from accounts.models import Quota
+from accounts.models import AuditEvent, Project, Quota
+from accounts.services import projects
 from batches import storage
 from batches.models import Batch, File
 from batches.models.batches import Priority, Status
@@ -154,6 +155,8 @@ def test_a_retry_over_the_quota_leaves_no_file_behind(owner: Person) -> None:
     response = owner.browser.post(f"/batches/{batch.pk}/retry")
     assert response["Location"] == f"/batches/{batch.pk}"
     assert ["limit is 1 unfinished batches" in said for said in said_in(response)] == [True]
+    with scopes_disabled():
+        assert not AuditEvent.objects.filter(action="file.deleted").exists()
 
 
 def test_a_viewer_may_not_retry_or_clone(owner: Person, viewer: Person) -> None:
