@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from html import unescape
 from typing import Any
 
 import pytest
@@ -182,6 +185,50 @@ def test_the_api_refuses_what_cannot_be_retried(owner: Person, stranger: Person)
     refused, missing = (post(person.api, path, b"") for person in (owner, stranger))
     assert_refused(refused, 400, "batch_id", "batch_not_retryable")
     assert_refused(missing, 404, "batch_id", "not_found")
+
+
+# --- Whose they are -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def research(owner: Person) -> Project:
+    return projects.create_project(actor=owner.caller, name="Research")
+
+
+def in_project(person: Person, project: Project) -> Person:
+    """The person at work there, as a browser's choice or a key of the project makes it."""
+    return replace(person, caller=replace(person.caller, project=project))
+
+
+def test_what_a_person_makes_of_a_batch_stays_in_its_project(
+    owner: Person, teammate: Person, research: Project
+) -> None:
+    batch = partly_failed(in_project(owner, research))
+    for action in ("retry", "clone"):
+        response = teammate.browser.post(f"/batches/{batch.pk}/{action}", CLONE)
+        assert response["Location"] == f"/batches/{newest().pk}"
+        assert (newest().project_id, newest().user) == (research.pk, teammate.user)
+    with scopes_disabled():
+        made = File.objects.get(filename="input-retry.jsonl")
+    assert made.project_id == research.pk
+
+
+def test_of_an_archived_project_they_go_where_new_batches_go(
+    owner: Person, research: Project
+) -> None:
+    batch = partly_failed(in_project(owner, research))
+    projects.archive_project(actor=owner.caller, project=research)
+    for action in ("retry", "clone"):
+        owner.browser.post(f"/batches/{batch.pk}/{action}", CLONE)
+        assert newest() != batch
+        assert newest().project_id == owner.caller.project.pk
+
+
+def test_a_keys_retry_is_its_own_projects(owner: Person, research: Project) -> None:
+    batch = partly_failed(in_project(owner, research))
+    assert owner.api.post(f"/v1/batches/{batch.pk}/retry").status_code == 200
+    assert newest() != batch
+    assert newest().project_id == owner.caller.project.pk
 
 
 # --- Cloning --------------------------------------------------------------------------------
