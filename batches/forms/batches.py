@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, time, timedelta
+from functools import cache
 from typing import Any
 
+import orjson
 from django import forms
 from django.db.models import Q
 
@@ -92,24 +94,46 @@ def _made(since: Any, until: Any) -> Q:
 
 
 class MetadataField(forms.CharField):
-    """Pairs, one a line, as `key=value`."""
+    """Pairs, one a line, as `key=value`; or a JSON object, which can say what lines cannot."""
 
     def __init__(self) -> None:
         super().__init__(
             required=False,
-            max_length=12_000,
-            help_text="One pair a line, as <code>key=value</code>; at most 16.",
+            max_length=60_000,  # 16 pairs, were each character an escape of six
+            help_text="One pair a line, as <code>key=value</code>; at most 16. Or a JSON object of "
+            'texts, as <code>{"key": "value"}</code>: a text of several lines needs that.',
             widget=forms.Textarea({"rows": 4}),
         )
 
     def prepare_value(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return "\n".join(f"{key}={each}" for key, each in value.items())
-        return value
+        """As lines if they would be read as the same metadata again, else as JSON."""
+        if not isinstance(value, dict):
+            return value
+        lines = "\n".join(f"{key}={each}" for key, each in value.items())
+        try:
+            same = self.clean(lines) == value
+        except forms.ValidationError:
+            same = False
+        return lines if same else orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()
 
     def clean(self, value: Any) -> dict[str, str]:
+        said: str = super().clean(value)
+        return self._object(said) if said.startswith("{") else self._lines(said)
+
+    @staticmethod
+    def _object(text: str) -> dict[str, str]:
+        try:
+            found = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise forms.ValidationError(f"This is no JSON: {error}.") from None
+        if not all(isinstance(each, str) for each in found.values()):
+            raise forms.ValidationError("Every value must be a text, in quotes.")
+        return dict(found)
+
+    @staticmethod
+    def _lines(text: str) -> dict[str, str]:
         found = {}
-        for line in filter(str.strip, super().clean(value).splitlines()):
+        for line in filter(str.strip, text.splitlines()):
             key, equals, said = line.partition("=")
             if not equals or not key.strip():
                 raise forms.ValidationError(f"Write {line[:80]!r} as key=value.")

@@ -256,9 +256,31 @@ def test_the_form_begins_with_the_batchs_own_settings(owner: Person) -> None:
     assert "of=a\nrun=7</textarea>" in said
 
 
+ODD = {"two": "first\nsecond", "a=b": "c", " spaced ": " x ", "": "no key", "{": '"', "é": "\u2028"}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_metadata_that_lines_cannot_say_is_edited_as_json(key: str, owner: Person) -> None:
+    metadata = {key: ODD[key], "run": "7"}
+    batch = partly_failed(owner, metadata=metadata)
+    said = owner.browser.get(f"/batches/{batch.pk}/clone").content.decode()
+    found = re.search(r"<textarea[^>]*>\n?(.*?)</textarea>", said, re.S)
+    assert found is not None
+    shown = unescape(found[1])
+    assert shown.startswith("{")
+    sent = shown.replace("\n", "\r\n")  # as browsers do
+    owner.browser.post(f"/batches/{batch.pk}/clone", CLONE | {"metadata": sent})
+    assert newest() != batch
+    assert newest().metadata == metadata
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
+        ({"metadata": '{"a": 1}'}, "Every value must be a text"),
+        ({"metadata": '{"a": '}, "This is no JSON"),
+        ({"metadata": '{"a": "\\u0000"}'}, "must not contain NUL"),
+        ({"metadata": '{"a": "\\ud800"}'}, "This is no JSON"),
         ({"completion_window": "soon"}, "completion_window must be a number of hours or minutes"),
         ({"priority": "top"}, "Select a valid choice"),
         ({"metadata": "no pair"}, "Write &#x27;no pair&#x27; as key=value."),
