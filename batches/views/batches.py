@@ -30,7 +30,7 @@ from batches.models.batches import NEXT, Status
 from batches.queries import batches as queries
 from batches.services import batches
 from batches.standings import Standing
-from models_registry.queries import offered_to
+from models_registry.queries import example_for, offered_to
 
 PAGE_SIZE = 25
 MOST_KEYS = 200
@@ -122,7 +122,7 @@ def batch_list(request: PageRequest, caller: Caller) -> HttpResponseBase:
         "filtered": bool(given),
     }
     if not rows and not given:
-        ctx |= {"api_url": _api_url(request), "model": offered_to(caller.organization).first()}
+        ctx |= {"api_url": _api_url(request), "model": example_for(caller.organization)}
     if not request.htmx:
         status = 400 if form.errors else 200
         return render(request, "batches/batch_list.html", ctx, status=status)

@@ -207,6 +207,21 @@ def test_the_empty_list_says_what_to_do_next(owner: Person, echo: Model) -> None
     assert "register_model" not in said
 
 
+@pytest.mark.parametrize("path", ["/", "/batches"])
+def test_the_first_steps_name_a_model_that_answers_what_they_send(path: str, owner: Person) -> None:
+    def said() -> str:
+        return unescape(owner.browser.get(path).content.decode())
+
+    register_model(name="a-scorer", source="none", engine="instant", task="score")
+    assert ('"model": "a-scorer"' in said(), 'endpoint="/v1/score"' in said()) == (True, True)
+    register_model(name="b-embedder", source="none", engine="instant", task="embedding")
+    assert '"model": "b-embedder",\n            "input": question,' in said()
+    assert 'endpoint="/v1/embeddings"' in said()
+    register_model(name="c-talker", source="none", engine="instant")
+    assert '"model": "c-talker",\n            "messages": [{' in said()
+    assert 'endpoint="/v1/chat/completions"' in said()
+
+
 def test_the_empty_list_tells_viewers_whom_to_ask(viewer: Person) -> None:
     said = viewer.browser.get("/batches").content.decode()
     assert "ask an owner or admin of the organization" in said
