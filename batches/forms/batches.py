@@ -17,7 +17,7 @@ from accounts.ids import first_id
 from batches import windows
 from batches.models.batches import UNFINISHED, Priority, Status
 
-Choices = Iterable[tuple[str, str]]
+Choices = Callable[[], Iterable[tuple[str, str]]]
 
 
 class BatchFilterForm(forms.Form):
@@ -37,8 +37,12 @@ class BatchFilterForm(forms.Form):
     project = forms.ChoiceField(required=False)
     user = forms.ChoiceField(required=False, label="Person", widget=LongSelect)
     key = forms.ChoiceField(required=False, label="API key", widget=LongSelect)
-    since = forms.DateField(label="From", required=False, widget=forms.DateInput({"type": "date"}))
-    until = forms.DateField(label="To", required=False, widget=forms.DateInput({"type": "date"}))
+    since = forms.DateField(
+        label="From (UTC)", required=False, widget=forms.DateInput({"type": "date"})
+    )
+    until = forms.DateField(
+        label="To (UTC)", required=False, widget=forms.DateInput({"type": "date"})
+    )
     metadata = forms.CharField(
         required=False,
         max_length=600,
@@ -48,11 +52,13 @@ class BatchFilterForm(forms.Form):
     def __init__(
         self, data: Any, *, models: Choices, projects: Choices, users: Choices, keys: Choices
     ) -> None:
+        """The choices are asked for where they are shown, or one of them is wanted: a poll of the
+        list mostly needs none."""
         super().__init__(data)
         offered = {"model": models, "project": projects, "user": users, "key": keys}
         for name, choices in offered.items():
             field: Any = self.fields[name]
-            field.choices = [("", "Any"), *choices]
+            field.choices = _with_any(choices)
 
     def clean_metadata(self) -> dict[str, str]:
         key, equals, value = self.cleaned_data["metadata"].partition("=")
@@ -80,6 +86,14 @@ class BatchFilterForm(forms.Form):
     @property
     def text(self) -> str:
         return str(getattr(self, "cleaned_data", {}).get("q") or "")
+
+
+def _with_any(choices: Choices) -> Choices:
+    @cache
+    def all_choices() -> list[tuple[str, str]]:
+        return [("", "Any"), *choices()]
+
+    return all_choices
 
 
 def _made(since: Any, until: Any) -> Q:

@@ -347,6 +347,41 @@ def test_filters_choose_among_ones_own(owner: Person, stranger: Person) -> None:
     assert "globex" not in said.lower()
 
 
+def test_a_whole_id_is_found_however_old_the_batch_is(
+    owner: Person, stranger: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "SEARCHED", 1)
+    foreign = batch_of(stranger)
+    old = batch_of(owner, status=Status.FAILED)
+    for _ in range(3):
+        batch_of(owner)
+    assert filtered(owner, f"q={old.pk}") == [old.pk]
+    assert filtered(owner, f"q={old.pk}&status=completed") == []
+    assert filtered(owner, f"q={foreign.pk}") == []
+
+
+def test_days_say_that_they_are_utc(owner: Person) -> None:
+    batch_of(owner)
+    said = owner.browser.get("/batches").content.decode()
+    assert ("From (UTC)</label>" in said, "To (UTC)</label>" in said) == (True, True)
+
+
+def test_a_poll_asks_for_no_choices_of_the_filters(owner: Person) -> None:
+    def lists_keys(query: str = "", **options: Any) -> bool:
+        client = owner.browser
+        with CaptureQueriesContext(connection) as found:
+            assert client.get(f"/batches{query}", **options).status_code == 200
+        return any('FROM "accounts_apikey"' in each["sql"] for each in found)
+
+    with scopes_disabled():
+        key = ApiKey.objects.get(created_by=owner.user)
+    mine = batch_of(owner, api_key=key)
+    batch_of(owner)
+    assert (lists_keys(), lists_keys(headers=HTMX)) == (True, False)
+    assert lists_keys(f"?key={key.pk}", headers=HTMX)  # of anything else, nothing is known of it
+    assert shown(owner.browser.get(f"/batches?key={key.pk}", headers=HTMX)) == [mine.pk]
+
+
 def test_where_nothing_matches_the_page_leads_back_to_all(owner: Person) -> None:
     batch_of(owner)
     said = owner.browser.get("/batches?status=failed").content.decode()
