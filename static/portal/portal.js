@@ -141,7 +141,8 @@
   let goUntil = 0;
   const search = () => {
     const fields = [...document.querySelectorAll("main input[type=search], main [data-search]")];
-    return fields.find((field) => field.checkVisibility());
+    const folded = (field) => field.closest("details:not([open])");
+    return fields.find((field) => field.checkVisibility()) ?? fields.find(folded);
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || typing(event.target)) return;
@@ -156,8 +157,10 @@
       list?.togglePopover();
     } else if (event.key === "/" && search()) {
       event.preventDefault(); // or the "/" would be typed into it
-      search().focus();
-      search().select();
+      const field = search();
+      field.closest("details")?.setAttribute("open", "");
+      field.focus();
+      field.select();
     }
   });
 
