@@ -284,7 +284,8 @@ def cancel_batch(request: HttpRequest, batch_id: str) -> BatchOut | dict[str, An
 def retry_batch(request: HttpRequest, batch_id: str) -> BatchOut | dict[str, Any]:
     """Ours, not OpenAI's: a new batch of those requests that failed or were never run."""
     caller = caller_of(request, "batches")
-    batch = access.get(caller, rows.Batch, batch_id, param="batch_id", related=("input_file",))
+    related = ("input_file", "project")
+    batch = access.get(caller, rows.Batch, batch_id, param="batch_id", related=related)
 
     def retry() -> BatchOut:
         return BatchOut.of(reruns.retry_failed(actor=caller, batch=batch))

@@ -9,7 +9,7 @@ from django.db.models import Q, QuerySet
 
 from accounts.models import Organization
 from accounts.services.quotas import Prices
-from models_registry.models import Measurement, Model
+from models_registry.models import Measurement, Model, Task
 from models_registry.profiles import GpuProfile
 
 SeeGpus = Callable[[], list[GpuProfile]]
@@ -30,6 +30,13 @@ def offered_to(organization: Organization) -> QuerySet[Model]:
     """Models open to everybody, and the restricted ones that name this organization."""
     mine = Q(restricted=False) | Q(organizations=organization)
     return Model.objects.filter(mine).order_by("name").distinct()
+
+
+def example_for(organization: Organization) -> Model | None:
+    """One that the first steps can name: a chat model, where one is offered."""
+    offered = offered_to(organization)
+    chat = offered.filter(task=Task.CHAT).first()
+    return chat or offered.order_by("task", "name").first()
 
 
 def may_be_offered_to(model: Model) -> QuerySet[Organization]:

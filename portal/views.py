@@ -16,8 +16,7 @@ from accounts.pages import STOP_POLLING, PageRequest, page
 from batches.models import Batch
 from batches.queries.webhooks import dead_letters
 from batches.views.batches import Row
-from models_registry.models import Task
-from models_registry.queries import offered_to
+from models_registry.queries import example_for
 from portal import queries
 
 SHOWN = 5
@@ -49,7 +48,11 @@ def _now(request: PageRequest, caller: Caller) -> dict[str, Any]:
         "dead_letters": dead_letters(caller) if caller.may("webhooks.read") else 0,
     }
     if not unfinished and not queries.has_run():
-        ctx |= {"first": True, "api_url": api_url(request), "model": _any_model(caller)}
+        ctx |= {
+            "first": True,
+            "api_url": api_url(request),
+            "model": example_for(caller.organization),
+        }
     return ctx
 
 
@@ -59,12 +62,6 @@ def _kinds(unfinished: queries.Unfinished) -> tuple[Sequence[Batch], Sequence[Ba
 
 def _rows(found: Sequence[Batch]) -> list[Row]:
     return [Row(batch, may_write=False) for batch in found[:SHOWN]]
-
-
-def _any_model(caller: Caller) -> Any:
-    """One that the first steps can name."""
-    offered = offered_to(caller.organization)
-    return offered.filter(task=Task.CHAT).first() or offered.first()
 
 
 def _used(caller: Caller) -> dict[str, Any]:

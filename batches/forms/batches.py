@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, time, timedelta
+from functools import cache
 from typing import Any
 
+import orjson
 from django import forms
 from django.db.models import Q
 
@@ -15,7 +17,7 @@ from accounts.ids import first_id
 from batches import windows
 from batches.models.batches import UNFINISHED, Priority, Status
 
-Choices = Iterable[tuple[str, str]]
+Choices = Callable[[], Iterable[tuple[str, str]]]
 
 
 class BatchFilterForm(forms.Form):
@@ -35,8 +37,12 @@ class BatchFilterForm(forms.Form):
     project = forms.ChoiceField(required=False)
     user = forms.ChoiceField(required=False, label="Person", widget=LongSelect)
     key = forms.ChoiceField(required=False, label="API key", widget=LongSelect)
-    since = forms.DateField(label="From", required=False, widget=forms.DateInput({"type": "date"}))
-    until = forms.DateField(label="To", required=False, widget=forms.DateInput({"type": "date"}))
+    since = forms.DateField(
+        label="From (UTC)", required=False, widget=forms.DateInput({"type": "date"})
+    )
+    until = forms.DateField(
+        label="To (UTC)", required=False, widget=forms.DateInput({"type": "date"})
+    )
     metadata = forms.CharField(
         required=False,
         max_length=600,
@@ -46,11 +52,13 @@ class BatchFilterForm(forms.Form):
     def __init__(
         self, data: Any, *, models: Choices, projects: Choices, users: Choices, keys: Choices
     ) -> None:
+        """The choices are asked for where they are shown, or one of them is wanted: a poll of the
+        list mostly needs none."""
         super().__init__(data)
         offered = {"model": models, "project": projects, "user": users, "key": keys}
         for name, choices in offered.items():
             field: Any = self.fields[name]
-            field.choices = [("", "Any"), *choices]
+            field.choices = _with_any(choices)
 
     def clean_metadata(self) -> dict[str, str]:
         key, equals, value = self.cleaned_data["metadata"].partition("=")
@@ -80,6 +88,14 @@ class BatchFilterForm(forms.Form):
         return str(getattr(self, "cleaned_data", {}).get("q") or "")
 
 
+def _with_any(choices: Choices) -> Choices:
+    @cache
+    def all_choices() -> list[tuple[str, str]]:
+        return [("", "Any"), *choices()]
+
+    return all_choices
+
+
 def _made(since: Any, until: Any) -> Q:
     """Of these days, by their ids, which begin with the time and have an index."""
     found = Q()
@@ -92,24 +108,46 @@ def _made(since: Any, until: Any) -> Q:
 
 
 class MetadataField(forms.CharField):
-    """Pairs, one a line, as `key=value`."""
+    """Pairs, one a line, as `key=value`; or a JSON object, which can say what lines cannot."""
 
     def __init__(self) -> None:
         super().__init__(
             required=False,
-            max_length=12_000,
-            help_text="One pair a line, as <code>key=value</code>; at most 16.",
+            max_length=60_000,  # 16 pairs, were each character an escape of six
+            help_text="One pair a line, as <code>key=value</code>; at most 16. Or a JSON object of "
+            'texts, as <code>{"key": "value"}</code>: a text of several lines needs that.',
             widget=forms.Textarea({"rows": 4}),
         )
 
     def prepare_value(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return "\n".join(f"{key}={each}" for key, each in value.items())
-        return value
+        """As lines if they would be read as the same metadata again, else as JSON."""
+        if not isinstance(value, dict):
+            return value
+        lines = "\n".join(f"{key}={each}" for key, each in value.items())
+        try:
+            same = self.clean(lines) == value
+        except forms.ValidationError:
+            same = False
+        return lines if same else orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()
 
     def clean(self, value: Any) -> dict[str, str]:
+        said: str = super().clean(value)
+        return self._object(said) if said.startswith("{") else self._lines(said)
+
+    @staticmethod
+    def _object(text: str) -> dict[str, str]:
+        try:
+            found = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise forms.ValidationError(f"This is no JSON: {error}.") from None
+        if not all(isinstance(each, str) for each in found.values()):
+            raise forms.ValidationError("Every value must be a text, in quotes.")
+        return dict(found)
+
+    @staticmethod
+    def _lines(text: str) -> dict[str, str]:
         found = {}
-        for line in filter(str.strip, super().clean(value).splitlines()):
+        for line in filter(str.strip, text.splitlines()):
             key, equals, said = line.partition("=")
             if not equals or not key.strip():
                 raise forms.ValidationError(f"Write {line[:80]!r} as key=value.")

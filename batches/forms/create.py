@@ -8,6 +8,8 @@ from typing import Any
 from django import forms
 from django.forms import BoundField
 
+from accounts.models import Project
+from batches.forms.projects import offer_projects
 from batches.models.batches import Endpoint
 from batches.prompts import GENERATING, INSTRUCTED, OFFERED, Recipe, Template, UnknownColumns
 from batches.services.batches import MAX_KEY, MAX_PAIRS, MAX_VALUE
@@ -18,6 +20,7 @@ PAIRS_SHOWN = 2
 _WINDOWS = ("1h", "6h", "24h", "72h", "168h")
 MOST_PLACES = 1000
 """So often a prompt may name columns: each is filled in for every row while somebody waits."""
+_PROJECT = "Its use counts there; its results go to that project's handlers and webhooks."
 _BRACES = "Each <code>{{column}}</code> is replaced by the row's cell, as it is."
 
 
@@ -136,8 +139,18 @@ class BatchForm(forms.Form):
 
     windows = _WINDOWS
 
-    def __init__(self, data: Any = None, *, usual_days: int | None, **options: Any) -> None:
+    def __init__(
+        self,
+        data: Any = None,
+        *,
+        usual_days: int | None,
+        projects: Sequence[Project],
+        project: str,
+        **options: Any,
+    ) -> None:
+        """`project` is the id of the one that the file is in."""
         super().__init__(data, **options)
+        offer_projects(self, projects, usual=project, help_text=_PROJECT)
         kept = f"after {usual_days:,} days" if usual_days else "never"
         self.fields["output_days"].help_text = f"From 1 to 30. Empty: {kept}, by your settings."
         for at in range(MAX_PAIRS):

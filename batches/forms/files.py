@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from django import forms
 
 from accounts.forms.last_day import LastDayField
+from accounts.models import Project
+from batches.forms.projects import offer_projects
 from batches.models.files import MOST_DAYS, Purpose
 
 _UPLOADED = [choice for choice in Purpose.choices if choice[0] != Purpose.BATCH_OUTPUT]
@@ -25,15 +28,23 @@ class FilterForm(forms.Form):
 
 
 class UploadForm(forms.Form):
-    """A file; where it may be anything, with its purpose."""
+    """A file; where it may be anything, with its purpose; where there are several, its project."""
 
     file = forms.FileField(allow_empty_file=True)  # the service says so in its own words
     purpose = forms.ChoiceField(
         choices=[(value, value) for value, _ in _UPLOADED], initial=Purpose.BATCH
     )
 
-    def __init__(self, *args: Any, accept: str = "", purposes: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        projects: Sequence[Project],
+        accept: str = "",
+        purposes: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        offer_projects(self, projects)
         if accept:
             self.fields["file"].widget.attrs["accept"] = accept
         if not purposes:

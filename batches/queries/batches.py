@@ -32,19 +32,22 @@ def find_batches(wanted: Q, text: str, after: str, count: int) -> tuple[list[Bat
 
     Returns up to `count` of them, and what to give as `after` for older ones (None: there are none).
     With a text, which is part of a file's name or of a batch's id, one call looks at `SEARCHED`
-    batches: fewer than `count` may be found of them although there are older ones.
+    batches: fewer than `count` may be found of them although there are older ones. A whole id is
+    looked up, however old its batch is.
     """
     mine = Batch.objects.filter(wanted).order_by("-pk")
     if after:
         mine = mine.filter(pk__lt=after)
+    mine = mine.select_related("model", "input_file", "output_file", "error_file")
     older = None
     if text:
+        if named := mine.filter(pk=text).first():
+            return [named], None
         end = mine.values_list("pk", flat=True)[SEARCHED : SEARCHED + 1]
         if older := next(iter(end), None):
             mine = mine.filter(pk__gte=older)
         mine = mine.filter(Q(input_file__filename__icontains=text) | Q(pk__icontains=text))
-    related = ("model", "input_file", "output_file", "error_file")
-    found = list(mine.select_related(*related)[: count + 1])
+    found = list(mine[: count + 1])
     if len(found) > count:
         return found[:count], found[count - 1].pk
     return found, older

@@ -12,7 +12,7 @@ from django.utils import timezone
 from accounts import access
 from accounts.access import Caller
 from accounts.errors import BadRequest
-from accounts.services import quotas
+from accounts.services import audit, quotas
 from batches import wakeups, windows
 from batches.models import Batch, File
 from batches.models.batches import UNFINISHED, Endpoint, Priority, Status, usual_percents
@@ -154,7 +154,10 @@ def cancel_batch(*, actor: Caller, batch: Batch) -> Batch:
                 param="batch_id",
                 code="batch_not_cancellable",
             )
+        before = audit.snapshot(batch, ["status"])
         begin_cancelling(batch)
+        changes = audit.difference(batch, before)
+        audit.record("batch.cancelled", actor=actor, target=batch, changes=changes)
     return batch
 
 
@@ -167,7 +170,8 @@ def begin_cancelling(batch: Batch) -> None:
 
 def cancel_batches(*, actor: Caller, batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Stop several batches; returns those that are being cancelled, and those that it is too late
-    for. Each is a transaction of its own: they share no lock."""
+    for. Each is a transaction of its own, with its event in the audit: none holds a batch while it
+    waits for another."""
     cancelled, too_late = [], []
     for batch in batches:
         try:

@@ -164,10 +164,18 @@ def clean_filename(name: str) -> str:
     return "".join(char for char in last if char.isprintable())[:255] or "file"
 
 
+@transaction.atomic
 def delete_file(*, actor: Caller, file: File) -> None:
     """Hide the file at once; its bytes go with the next sweep that no running batch forbids."""
+    if hide(actor=actor, file=file):
+        audit.record("file.deleted", actor=actor, target=file)
+
+
+def hide(*, actor: Caller, file: File) -> bool:
+    """The same without an event, for what a step left that then failed; whether it was there."""
     with actor.scope():
-        File.objects.filter(pk=file.pk).update(deleted_at=timezone.now())
+        mine = File.objects.filter(pk=file.pk, deleted_at=None)
+        return bool(mine.update(deleted_at=timezone.now()))
 
 
 @transaction.atomic

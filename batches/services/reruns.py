@@ -8,7 +8,7 @@ from typing import IO
 
 from accounts.access import Caller
 from accounts.errors import BadRequest
-from batches import places, storage
+from batches import places, projects, storage
 from batches.models import Batch, File
 from batches.models.batches import Priority
 from batches.models.files import Purpose
@@ -24,11 +24,13 @@ _BYTES_A_READ = 4 * 1024 * 1024
 def retry_failed(*, actor: Caller, batch: Batch) -> Batch:
     """Make a batch of those requests that failed or were never run, in a new input file.
 
-    The batch must have been fetched with its input file. The new one has its settings and metadata,
-    with `retry_of` in it unless there are 16 pairs already. Raises `BadRequest` when there is
+    The batch must have been fetched with its input file and project. The new one has its settings
+    and metadata, with `retry_of` in it unless there are 16 pairs already; a person's is of the same
+    project. Raises `BadRequest` when there is
     nothing to retry, or nothing left to make it of; and `QuotaExceeded`.
     """
     require_retryable(batch)
+    actor = projects.within(actor, batch.project)
     file = _file_of_failed(actor, batch)
     try:
         return batches.create_batch(
@@ -42,7 +44,7 @@ def retry_failed(*, actor: Caller, batch: Batch) -> Batch:
             progress_percents=batch.progress_percents,
         )
     except Exception:
-        files.delete_file(actor=actor, file=file)
+        files.hide(actor=actor, file=file)
         raise
 
 
@@ -64,9 +66,10 @@ def require_retryable(batch: Batch) -> None:
 def clone(
     *, actor: Caller, batch: Batch, completion_window: str, priority: str, metadata: dict[str, str]
 ) -> Batch:
-    """Run the same input file again. Raises `BadRequest`, `NotFound` or `QuotaExceeded`."""
+    """Run the same input file again, a person's in the same project. Raises `BadRequest`,
+    `NotFound` or `QuotaExceeded`."""
     return batches.create_batch(
-        actor=actor,
+        actor=projects.within(actor, batch.project),
         input_file_id=batch.input_file_id,
         endpoint=batch.endpoint,
         completion_window=completion_window,

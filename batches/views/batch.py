@@ -49,6 +49,7 @@ RELATED = (
     "api_key",
     "webhook",
 )
+RERUN = ("input_file", "project")
 BAD_LINES = 100
 """Errors of the validation that are listed; the API has the others."""
 CHUNKS, LOG = 50, 100
@@ -380,7 +381,7 @@ def _audited(event: AuditEvent) -> Entry:
 @page
 def retry_batch(request: PageRequest, caller: Caller, batch_id: str) -> HttpResponseBase:
     caller.require("batches")
-    batch = access.get(caller, Batch, batch_id, param="batch_id", related=("input_file",))
+    batch = access.get(caller, Batch, batch_id, param="batch_id", related=RERUN)
     try:
         throttling.count(request, caller, "batches")
         made = reruns.retry_failed(actor=caller, batch=batch)
@@ -395,7 +396,7 @@ def retry_batch(request: PageRequest, caller: Caller, batch_id: str) -> HttpResp
 @page
 def clone_batch(request: PageRequest, caller: Caller, batch_id: str) -> HttpResponseBase:
     caller.require("batches")
-    batch = access.get(caller, Batch, batch_id, param="batch_id", related=("input_file",))
+    batch = access.get(caller, Batch, batch_id, param="batch_id", related=RERUN)
     initial = {
         "completion_window": batch.completion_window,
         "priority": Priority(batch.priority).name.lower(),

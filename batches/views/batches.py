@@ -30,7 +30,7 @@ from batches.models.batches import NEXT, Status
 from batches.queries import batches as queries
 from batches.services import batches
 from batches.standings import Standing
-from models_registry.queries import offered_to
+from models_registry.queries import example_for, offered_to
 
 PAGE_SIZE = 25
 MOST_KEYS = 200
@@ -122,7 +122,7 @@ def batch_list(request: PageRequest, caller: Caller) -> HttpResponseBase:
         "filtered": bool(given),
     }
     if not rows and not given:
-        ctx |= {"api_url": _api_url(request), "model": offered_to(caller.organization).first()}
+        ctx |= {"api_url": _api_url(request), "model": example_for(caller.organization)}
     if not request.htmx:
         status = 400 if form.errors else 200
         return render(request, "batches/batch_list.html", ctx, status=status)
@@ -181,17 +181,18 @@ def _chosen(request: PageRequest) -> Sequence[Batch]:
 
 def _form(request: PageRequest, caller: Caller) -> BatchFilterForm:
     """Always bound, so that what was understood of it is there even where some is wrong."""
-    # Not as objects: there may be a thousand, and each poll of the list has the form, too.
+    # Not as objects: there may be a thousand.
     people = Membership.objects.order_by("user__email").values_list(
         "user_id", "user__name", "user__email"
     )
     keys = ApiKey.objects.order_by("-pk").values_list("pk", "name", "prefix")[:MOST_KEYS]
+    projects = Project.objects.order_by("name")
     form = BatchFilterForm(
         {name: _clean(str(value)) for name, value in request.GET.items()},
-        models=[(str(each.pk), each.name) for each in offered_to(caller.organization)],
-        projects=[(each.pk, each.name) for each in Project.objects.order_by("name")],
-        users=[(str(id), name or email) for id, name, email in people],
-        keys=[(id, f"{name} ({prefix})") for id, name, prefix in keys],
+        models=lambda: [(str(each.pk), each.name) for each in offered_to(caller.organization)],
+        projects=lambda: [(each.pk, each.name) for each in projects],
+        users=lambda: [(str(id), name or email) for id, name, email in people],
+        keys=lambda: [(id, f"{name} ({prefix})") for id, name, prefix in keys],
     )
     form.is_valid()
     return form

@@ -24,7 +24,7 @@ from accounts import access, throttling
 from accounts.access import Caller
 from accounts.errors import ApiError, BadRequest
 from accounts.pages import PageRequest, page, sent
-from batches import standings, tables
+from batches import projects, standings, tables
 from batches.forms.create import BatchForm, RecipeForm, recipe_to_begin_with
 from batches.forms.files import UploadForm
 from batches.models import File, FileCheck
@@ -51,17 +51,22 @@ _FIELDS = {"output_expires_after.seconds": "output_days"}
 @takes_a_file
 def batch_new(request: PageRequest, caller: Caller) -> HttpResponseBase:
     caller.require("batches")
+    options: Any = {
+        "accept": ACCEPTED,
+        "purposes": False,
+        "projects": projects.open_projects(caller),
+    }
     if request.method != "POST":
-        return _start(request, caller, UploadForm(accept=ACCEPTED, purposes=False))
-    form = UploadForm(request.POST, request.FILES, accept=ACCEPTED, purposes=False)
+        return _start(request, caller, UploadForm(**options))
+    form = UploadForm(request.POST, request.FILES, **options)
     try:
         return sent_on(request, _next(caller, _file(request, caller)))
     except ApiError as error:
         if by_script(request):
             return refused(error)
         form.full_clean()
-        form.errors.pop("file", None)
-        form.add_error("file", error.message)
+        form.errors.clear()  # the service says it in its own words
+        form.add_error(error.param if error.param in form.fields else "file", error.message)
         return _start(request, caller, form, error.status)
 
 
@@ -110,7 +115,8 @@ def _next(caller: Caller, file: File) -> str:
 @page
 def batch_table(request: PageRequest, caller: Caller, file_id: str) -> HttpResponseBase:
     caller.require("batches")
-    file = access.get(caller, File, file_id, param="file_id", deleted_at=None)
+    related = ("project",)
+    file = access.get(caller, File, file_id, param="file_id", related=related, deleted_at=None)
     if not tables.is_table(file.filename):
         return redirect("batch_create", file.pk)
     models = list(offered_to(caller.organization))
@@ -132,7 +138,8 @@ def batch_table(request: PageRequest, caller: Caller, file_id: str) -> HttpRespo
             if "make" in request.POST:
                 caller.require("files")
                 throttling.count(request, caller, "files")
-                made = conversions.convert(actor=caller, file=file, recipe=form.recipe)
+                actor = projects.within(caller, file.project)
+                made = conversions.convert(actor=actor, file=file, recipe=form.recipe)
                 return redirect(_next(caller, made))
             ctx["lines"] = [_pretty(line) for line in conversions.first_lines(file, form.recipe)]
         except ApiError as error:
@@ -169,7 +176,12 @@ def batch_create(request: PageRequest, caller: Caller, file_id: str) -> HttpResp
     if request.htmx and request.method != "POST":
         return _progress(request, file, check)
     usual = queries.retention_of(caller.organization).output_days
-    form = BatchForm(sent(request), usual_days=usual)
+    form = BatchForm(
+        sent(request),
+        usual_days=usual,
+        projects=projects.open_projects(caller),
+        project=file.project_id,
+    )
     status = 400 if form.errors else 200
     if form.is_valid():
         try:
@@ -206,7 +218,7 @@ def _made(
     days = given["output_days"]
     throttling.count(request, caller, "batches")
     batch = batches.create_batch(
-        actor=caller,
+        actor=projects.chosen(caller, request.POST.get("project", "")),
         input_file_id=check.pk,
         endpoint=check.endpoint,
         completion_window=given["completion_window"],

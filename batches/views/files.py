@@ -28,6 +28,7 @@ from batches.forms.files import ExpiryForm, FilterForm, UploadForm
 from batches.models import Batch, File, FileCheck
 from batches.models.batches import UNFINISHED
 from batches.models.files import Purpose
+from batches.projects import open_projects
 from batches.queries import files as queries
 from batches.services import files
 from batches.tables import is_table
@@ -78,14 +79,15 @@ class Row:
 @takes_a_file
 def file_list(request: PageRequest, caller: Caller) -> HttpResponseBase:
     if request.method != "POST":
-        return _list(request, caller, UploadForm())
-    form = UploadForm(request.POST, request.FILES)
+        return _list(request, caller, UploadForm(projects=open_projects(caller)))
+    form = UploadForm(request.POST, request.FILES, projects=open_projects(caller))
     try:
         file = kept(request, caller, request.POST.get("purpose", Purpose.BATCH))
     except ApiError as error:
         if by_script(request):
             return refused(error)
         form.full_clean()
+        form.errors.pop("project", None)  # the service says so in its own words
         form.add_error(error.param if error.param in form.fields else "file", error.message)
         return _list(request, caller, form, status=error.status)
     messages.success(request, f"{file.filename} is here.")

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf
 from typing import Any
 from urllib.parse import quote
 
@@ -160,9 +160,8 @@ def operator_queue(request: PageRequest, user: User) -> HttpResponseBase:
     form = QueueForm(request.GET)
     form.is_valid()
     wanted = form.wanted
-    number = _page_number(request)
     with scopes_disabled():
-        rows, total = _rows(wanted, number)
+        rows, total, number = _rows(wanted, _page_number(request))
         models = list(Model.objects.order_by("name").values_list("name", flat=True))
     if wanted.get("organization") and not request.htmx:
         _record_look(request, user, wanted["organization"])
@@ -188,17 +187,19 @@ def operator_queue(request: PageRequest, user: User) -> HttpResponseBase:
 
 def _page_number(request: PageRequest) -> int:
     given = request.GET.get("page", "")
-    most = queries.QUEUED_MOST // PAGE_SIZE
-    return min(max(1, int(given)), most) if given.isascii() and given.isdigit() else 1
+    return int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 1
 
 
-def _rows(wanted: Mapping[str, str], number: int) -> tuple[list[Row], int]:
-    """One page in the order in which batches will run, and how many there are of all."""
+def _rows(wanted: Mapping[str, str], number: int) -> tuple[list[Row], int, int]:
+    """One page in the order in which batches will run, how many there are of all, and which page it
+    is: the last one where the queue has become shorter than was asked for."""
     known = standings.everywhere()
     found = queries.queued(**wanted).order_by("pk").values_list("pk", flat=True)
     ids = sorted(found[: queries.QUEUED_MOST], key=lambda id: _turn(id, known.get(id)))
+    number = max(1, min(number, ceil(len(ids) / PAGE_SIZE)))
     shown = ids[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]
-    return [Row(batch, known.get(batch.pk)) for batch in queries.queue_rows(shown)], len(ids)
+    rows = [Row(batch, known.get(batch.pk)) for batch in queries.queue_rows(shown)]
+    return rows, len(ids), number
 
 
 def _turn(id: str, standing: Standing | None) -> tuple[bool, float, float, str]:

@@ -20,7 +20,7 @@ from accounts import throttling
 from accounts.access import Caller
 from accounts.errors import ApiError, BadRequest
 from accounts.pages import PageRequest, page
-from batches import multipart
+from batches import multipart, projects
 from batches.models import File
 from batches.services import files
 
@@ -61,15 +61,16 @@ def by_script(request: PageRequest) -> bool:
 
 
 def kept(request: PageRequest, caller: Caller, purpose: str, **options: int | None) -> File:
-    """Keep the form's file; raises what the API would answer."""
+    """Keep the form's file, in the chosen project; raises what the API would answer."""
     multipart.require_whole(request)
     multipart.require_single(request)
+    actor = projects.chosen(caller, request.POST.get("project", ""))
     content = request.FILES.get("file")
     if content is None or isinstance(content, list):
         raise BadRequest("Choose a file.", param="file", code="missing_required_parameter")
     name = content.name or ""
     return files.create_file(
-        actor=caller, content=content, filename=name, purpose=str(purpose), **options
+        actor=actor, content=content, filename=name, purpose=str(purpose), **options
     )
 
 

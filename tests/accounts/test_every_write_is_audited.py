@@ -51,6 +51,8 @@ AUDITED: dict[str, str] = {
     "POST /v1/auth/token": "token.created",
     "POST /v1/auth/token/revoke": "token.revoked",
     "POST /v1/operator/leaked_keys": "api_key.revoked_as_leaked",
+    "DELETE /v1/files/{file_id}": "file.deleted",
+    "POST /v1/batches/{batch_id}/cancel": "batch.cancelled",
 }
 """Every operation that an organization would ask about, and what its event is called."""
 
@@ -62,8 +64,8 @@ WORK = (
     "/v1/completions",
     "/v1/embeddings",
 )
-"""The work itself is not audited: it has rows of its own that say who made them, and when; or, of
-requests that are answered at once, what was used."""
+"""The work itself is not audited, but for its end by hand: it has rows of its own that say who made
+them, and when; or, of requests that are answered at once, what was used."""
 NEEDS_A_RECEIVER = "POST /v1/webhook_endpoints/{webhook_endpoint_id}/test"
 """Audited, too: shown in tests/batches/test_webhook_api.py."""
 

@@ -18,6 +18,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from django_scopes import scopes_disabled
 
+from accounts.models import AuditEvent
 from accounts.services import audit
 from batches import results, storage
 from batches.models import Batch, Chunk, Sample
@@ -430,6 +431,17 @@ def test_the_log_tells_its_life(owner: Person, teammate: Person) -> None:
     )
     assert re.findall(r'data-label="By">(gpu.+?)<', said) == ["gpu7", "gpu7"]
     assert "batch.held" not in page(teammate, batch, "/log")  # the audit is not theirs to read
+
+
+def test_the_log_says_who_cancelled_it(owner: Person, teammate: Person) -> None:
+    batch = jobs.running(owner.caller, 1)
+    teammate.api.post(f"/v1/batches/{batch.pk}/cancel")
+    said = page(owner, batch, "/log")
+    assert re.search(r"batch\.cancelled</td>\s*<td data-label=\"By\">teammate@acme\.test<", said)
+    with scopes_disabled():
+        event = AuditEvent.objects.get(action="batch.cancelled")
+    assert (event.via, event.target_id) == ("api_key", batch.pk)
+    assert event.changes == {"status": ["in_progress", "cancelling"]}
 
 
 def test_the_log_warns_of_requests_that_killed_engines(owner: Person) -> None:

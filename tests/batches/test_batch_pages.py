@@ -21,7 +21,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django_scopes import scopes_disabled
 
-from accounts.models import ApiKey, User
+from accounts.models import ApiKey, AuditEvent, User
 from accounts.services import projects
 from batches.models import Batch, File
 from batches.models.batches import NEXT, Status
@@ -207,6 +207,21 @@ def test_the_empty_list_says_what_to_do_next(owner: Person, echo: Model) -> None
     assert "register_model" not in said
 
 
+@pytest.mark.parametrize("path", ["/", "/batches"])
+def test_the_first_steps_name_a_model_that_answers_what_they_send(path: str, owner: Person) -> None:
+    def said() -> str:
+        return unescape(owner.browser.get(path).content.decode())
+
+    register_model(name="a-scorer", source="none", engine="instant", task="score")
+    assert ('"model": "a-scorer"' in said(), 'endpoint="/v1/score"' in said()) == (True, True)
+    register_model(name="b-embedder", source="none", engine="instant", task="embedding")
+    assert '"model": "b-embedder",\n            "input": question,' in said()
+    assert 'endpoint="/v1/embeddings"' in said()
+    register_model(name="c-talker", source="none", engine="instant")
+    assert '"model": "c-talker",\n            "messages": [{' in said()
+    assert 'endpoint="/v1/chat/completions"' in said()
+
+
 def test_the_empty_list_tells_viewers_whom_to_ask(viewer: Person) -> None:
     said = viewer.browser.get("/batches").content.decode()
     assert "ask an owner or admin of the organization" in said
@@ -332,6 +347,41 @@ def test_filters_choose_among_ones_own(owner: Person, stranger: Person) -> None:
     assert "globex" not in said.lower()
 
 
+def test_a_whole_id_is_found_however_old_the_batch_is(
+    owner: Person, stranger: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "SEARCHED", 1)
+    foreign = batch_of(stranger)
+    old = batch_of(owner, status=Status.FAILED)
+    for _ in range(3):
+        batch_of(owner)
+    assert filtered(owner, f"q={old.pk}") == [old.pk]
+    assert filtered(owner, f"q={old.pk}&status=completed") == []
+    assert filtered(owner, f"q={foreign.pk}") == []
+
+
+def test_days_say_that_they_are_utc(owner: Person) -> None:
+    batch_of(owner)
+    said = owner.browser.get("/batches").content.decode()
+    assert ("From (UTC)</label>" in said, "To (UTC)</label>" in said) == (True, True)
+
+
+def test_a_poll_asks_for_no_choices_of_the_filters(owner: Person) -> None:
+    def lists_keys(query: str = "", **options: Any) -> bool:
+        client = owner.browser
+        with CaptureQueriesContext(connection) as found:
+            assert client.get(f"/batches{query}", **options).status_code == 200
+        return any('FROM "accounts_apikey"' in each["sql"] for each in found)
+
+    with scopes_disabled():
+        key = ApiKey.objects.get(created_by=owner.user)
+    mine = batch_of(owner, api_key=key)
+    batch_of(owner)
+    assert (lists_keys(), lists_keys(headers=HTMX)) == (True, False)
+    assert lists_keys(f"?key={key.pk}", headers=HTMX)  # of anything else, nothing is known of it
+    assert shown(owner.browser.get(f"/batches?key={key.pk}", headers=HTMX)) == [mine.pk]
+
+
 def test_where_nothing_matches_the_page_leads_back_to_all(owner: Person) -> None:
     batch_of(owner)
     said = owner.browser.get("/batches?status=failed").content.decode()
@@ -451,6 +501,19 @@ def test_several_are_cancelled_after_a_question(owner: Person, stranger: Person)
     ]
     assert {status_of(each) for each in chosen} == {Status.CANCELLING}
     assert (status_of(other), status_of(foreign)) == (Status.IN_PROGRESS, Status.IN_PROGRESS)
+    with scopes_disabled():
+        events = AuditEvent.objects.filter(action="batch.cancelled").order_by("number")
+        assert list(events.values_list("actor", "target_id")) == [
+            (owner.user.pk, each.pk) for each in chosen[::-1]
+        ]
+
+
+def test_cancelling_twice_is_told_once(owner: Person) -> None:
+    batch = batch_of(owner, status=Status.IN_PROGRESS)
+    for _ in range(2):
+        batches.cancel_batch(actor=owner.caller, batch=batch)
+    with scopes_disabled():
+        assert AuditEvent.objects.filter(action="batch.cancelled").count() == 1
 
 
 def test_cancelling_none_asks_for_some(owner: Person) -> None:

@@ -15,6 +15,7 @@ from django.utils import timezone
 from django_scopes import scopes_disabled
 
 from accounts.models import AuditEvent
+from accounts.services import projects
 from batches import previews
 from batches.models import File
 from batches.models.batches import Status
@@ -55,6 +56,13 @@ def named(person: Person, name: str, *, purpose: str = "batch", content: bytes =
 def again(file: File) -> File:
     with scopes_disabled():
         return File.objects.get(pk=file.pk)
+
+
+def deletions() -> list[tuple[str, str, str]]:
+    """Who deleted which file, by the audit."""
+    with scopes_disabled():
+        found = AuditEvent.objects.filter(action="file.deleted").order_by("number")
+        return list(found.values_list("actor_label", "target_id", "target_label"))
 
 
 def preview(client: Client, file: File) -> list[str]:
@@ -160,6 +168,32 @@ def test_a_file_is_uploaded_by_the_form(owner: Person) -> None:
         file = File.objects.get()
     assert response["Location"] == f"/files/{file.pk}"
     assert (file.filename, file.purpose, file.user) == ("a.png", "vision", owner.user)
+
+
+def test_where_there_are_several_projects_one_is_chosen(owner: Person, stranger: Person) -> None:
+    usual, foreign = owner.caller.project, stranger.caller.project
+    assert 'name="project"' not in owner.browser.get("/files").content.decode()
+    research = projects.create_project(actor=owner.caller, name="Research")
+    old = projects.create_project(actor=owner.caller, name="Old")
+    projects.archive_project(actor=owner.caller, project=old)
+    said = owner.browser.get("/files").content.decode()
+    assert re.findall(r'<option value="(proj_\w+)"( selected)?>', said) == [
+        (usual.pk, " selected"),
+        (research.pk, ""),
+    ]
+    for project in (research, usual):
+        form = {"file": SimpleUploadedFile("a.jsonl", b"x"), "project": project.pk}
+        assert owner.browser.post("/files", form).status_code == 302
+    form = {"file": SimpleUploadedFile("a.jsonl", b"x")}
+    assert owner.browser.post("/files", form).status_code == 302
+    for project in (foreign, old):
+        form = {"file": SimpleUploadedFile("a.jsonl", b"x"), "project": project.pk}
+        refused = owner.browser.post("/files", form)
+        assert refused.status_code == 404
+        assert refused.content.decode().count("No such project") == 1
+    with scopes_disabled():
+        found = list(File.objects.order_by("pk").values_list("project", flat=True))
+    assert found == [research.pk, usual.pk, usual.pk]
 
 
 @pytest.mark.parametrize(
@@ -298,9 +332,12 @@ def test_deleting_asks_for_the_name_and_says_which_batches_use_it(owner: Person,
     assert said in page
     browser.post(f"/files/{file.pk}/delete", {"typed": "another"})
     assert again(file).deleted_at is None
+    assert deletions() == []
     response = browser.post(f"/files/{file.pk}/delete", {"typed": f" {file.filename} "})
     assert response["Location"] == "/files"
     assert again(file).deleted_at is not None
+    files.delete_file(actor=owner.caller, file=file)  # which changes nothing any more
+    assert deletions() == [(owner.user.email, file.pk, file.filename)]
     change(batch, status=Status.COMPLETED)
     assert (
         "No batch uses it"

@@ -19,7 +19,8 @@ from django.test import Client
 from django_scopes import scopes_disabled
 from pyarrow import parquet
 
-from accounts.models import Quota
+from accounts.models import Project, Quota
+from accounts.services import projects
 from accounts.services.limits import set_limits
 from batches.models import Batch, File, FileCheck
 from batches.models.files import CheckState
@@ -42,8 +43,13 @@ def _disk(disk: Disk, wakeups_sent: list[tuple[str, ...]]) -> None:
     """A storage of the test's own, and nobody who is woken."""
 
 
-def send(client: Client, content: bytes, name: str = "in.jsonl", **options: Any) -> Any:
-    return client.post("/batches/new", {"file": SimpleUploadedFile(name, content)}, **options)
+def send(
+    client: Client, content: bytes, name: str = "in.jsonl", project: str = "", **options: Any
+) -> Any:
+    form: dict[str, Any] = {"file": SimpleUploadedFile(name, content)}
+    if project:
+        form["project"] = project
+    return client.post("/batches/new", form, **options)
 
 
 def checked(person: Person, content: bytes) -> str:
@@ -235,6 +241,76 @@ def test_a_strangers_file_is_not_taken(owner: Person, stranger: Person) -> None:
     assert response.status_code == 404
     with scopes_disabled():
         assert FileCheck.objects.count() == 0
+
+
+# --- Its project ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def research(owner: Person) -> Project:
+    return projects.create_project(actor=owner.caller, name="Research")
+
+
+def chosen_on(response: Any) -> list[str]:
+    """The projects that are offered, the chosen one with a star."""
+    found = re.findall(
+        r'<option value="proj_\w+"( selected)?>(\w+)</option>', response.content.decode()
+    )
+    return [f"{name}*" if chosen else name for chosen, name in found]
+
+
+def test_a_single_project_is_no_choice(owner: Person, echo: Model) -> None:
+    page = checked(owner, line())
+    for path in ("/batches/new", page):
+        assert 'name="project"' not in owner.browser.get(path).content.decode()
+    owner.browser.post(page, HOW)
+    assert made(owner)[0].project_id == owner.caller.project.pk
+
+
+def test_a_batch_is_made_in_the_chosen_project_at_first_its_files(
+    owner: Person, echo: Model, research: Project
+) -> None:
+    assert chosen_on(owner.browser.get("/batches/new")) == ["Default*", "Research"]
+    in_default = checked(owner, line("a"))
+    assert chosen_on(owner.browser.get(in_default)) == ["Default*", "Research"]
+    sent = send(owner.browser, line("b"), project=research.pk)
+    assert chosen_on(owner.browser.get(sent["Location"])) == ["Default", "Research*"]
+
+    owner.browser.post(in_default, HOW | {"project": research.pk})
+    owner.browser.post(in_default, HOW | {"project": owner.caller.project.pk})
+    owner.browser.post(in_default, HOW)
+    usual = owner.caller.project.pk
+    ids = [each.project_id for each in sorted(made(owner), key=lambda each: each.pk)]
+    assert ids == [research.pk, usual, usual]
+
+
+def test_what_is_made_of_a_table_is_in_its_project(
+    owner: Person, echo: Model, research: Project
+) -> None:
+    path = send(owner.browser, TABLE, "asked.csv", project=research.pk)["Location"]
+    response = owner.browser.post(path, RECIPE | {"make": "1"})
+    with scopes_disabled():
+        ids = set(File.objects.values_list("project", flat=True))
+    assert ids == {research.pk}
+    assert chosen_on(owner.browser.get(response["Location"])) == ["Default", "Research*"]
+
+
+def test_others_projects_and_archived_ones_are_refused(
+    owner: Person, stranger: Person, echo: Model, research: Project
+) -> None:
+    page = checked(owner, line())
+    old = projects.create_project(actor=owner.caller, name="Old")
+    projects.archive_project(actor=owner.caller, project=old)
+    before = files()
+    for project in (stranger.caller.project, old):
+        refused = owner.browser.post(page, HOW | {"project": project.pk})
+        assert (refused.status_code, len(errors(refused))) == (400, 1)
+        uploaded = send(owner.browser, line(), project=project.pk)
+        assert uploaded.status_code == 404
+        assert errors(uploaded)[0].startswith("No such project")
+        script = send(owner.browser, line(), project=project.pk, headers=SCRIPT)
+        assert script.status_code == 404
+    assert (made(owner), files()) == ([], before)
 
 
 # --- What is refused, in the API's words -------------------------------------------------------

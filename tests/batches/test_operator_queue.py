@@ -126,8 +126,16 @@ def test_it_pages(desk: Client, owner: Person, monkeypatch: pytest.MonkeyPatch) 
         mine[:2],
         mine[2:4],
         mine[4:],
-        [],
+        mine[4:],  # it was the fourth before the queue became shorter
     ]
+    said = desk.get(f"{QUEUE}?page=4").content.decode()
+    assert ("page=2" in said, 'hx-get="?page=3"' in said) == (True, True)
+
+
+def test_it_asks_again_also_when_nothing_waits(desk: Client) -> None:
+    said = desk.get(QUEUE).content.decode()
+    assert "Nothing waits and nothing runs" in said
+    assert 'hx-trigger="every 3s, portal:seen from:body"' in said
 
 
 def test_its_queries_do_not_grow(desk: Client, owner: Person, stranger: Person) -> None:

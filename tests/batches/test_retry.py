@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from html import unescape
 from typing import Any
 
 import pytest
@@ -10,7 +13,8 @@ from django.utils import timezone
 from django_scopes import scopes_disabled
 
 from accounts.errors import BadRequest, QuotaExceeded
-from accounts.models import Quota
+from accounts.models import AuditEvent, Project, Quota
+from accounts.services import projects
 from batches import storage
 from batches.models import Batch, File
 from batches.models.batches import Priority, Status
@@ -154,6 +158,8 @@ def test_a_retry_over_the_quota_leaves_no_file_behind(owner: Person) -> None:
     response = owner.browser.post(f"/batches/{batch.pk}/retry")
     assert response["Location"] == f"/batches/{batch.pk}"
     assert ["limit is 1 unfinished batches" in said for said in said_in(response)] == [True]
+    with scopes_disabled():
+        assert not AuditEvent.objects.filter(action="file.deleted").exists()
 
 
 def test_a_viewer_may_not_retry_or_clone(owner: Person, viewer: Person) -> None:
@@ -181,6 +187,50 @@ def test_the_api_refuses_what_cannot_be_retried(owner: Person, stranger: Person)
     assert_refused(missing, 404, "batch_id", "not_found")
 
 
+# --- Whose they are -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def research(owner: Person) -> Project:
+    return projects.create_project(actor=owner.caller, name="Research")
+
+
+def in_project(person: Person, project: Project) -> Person:
+    """The person at work there, as a browser's choice or a key of the project makes it."""
+    return replace(person, caller=replace(person.caller, project=project))
+
+
+def test_what_a_person_makes_of_a_batch_stays_in_its_project(
+    owner: Person, teammate: Person, research: Project
+) -> None:
+    batch = partly_failed(in_project(owner, research))
+    for action in ("retry", "clone"):
+        response = teammate.browser.post(f"/batches/{batch.pk}/{action}", CLONE)
+        assert response["Location"] == f"/batches/{newest().pk}"
+        assert (newest().project_id, newest().user) == (research.pk, teammate.user)
+    with scopes_disabled():
+        made = File.objects.get(filename="input-retry.jsonl")
+    assert made.project_id == research.pk
+
+
+def test_of_an_archived_project_they_go_where_new_batches_go(
+    owner: Person, research: Project
+) -> None:
+    batch = partly_failed(in_project(owner, research))
+    projects.archive_project(actor=owner.caller, project=research)
+    for action in ("retry", "clone"):
+        owner.browser.post(f"/batches/{batch.pk}/{action}", CLONE)
+        assert newest() != batch
+        assert newest().project_id == owner.caller.project.pk
+
+
+def test_a_keys_retry_is_its_own_projects(owner: Person, research: Project) -> None:
+    batch = partly_failed(in_project(owner, research))
+    assert owner.api.post(f"/v1/batches/{batch.pk}/retry").status_code == 200
+    assert newest() != batch
+    assert newest().project_id == owner.caller.project.pk
+
+
 # --- Cloning --------------------------------------------------------------------------------
 
 CLONE = {"completion_window": "2h", "priority": "low", "metadata": "run = 8\r\n\r\nof=a=b"}
@@ -206,9 +256,31 @@ def test_the_form_begins_with_the_batchs_own_settings(owner: Person) -> None:
     assert "of=a\nrun=7</textarea>" in said
 
 
+ODD = {"two": "first\nsecond", "a=b": "c", " spaced ": " x ", "": "no key", "{": '"', "é": "\u2028"}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_metadata_that_lines_cannot_say_is_edited_as_json(key: str, owner: Person) -> None:
+    metadata = {key: ODD[key], "run": "7"}
+    batch = partly_failed(owner, metadata=metadata)
+    said = owner.browser.get(f"/batches/{batch.pk}/clone").content.decode()
+    found = re.search(r"<textarea[^>]*>\n?(.*?)</textarea>", said, re.S)
+    assert found is not None
+    shown = unescape(found[1])
+    assert shown.startswith("{")
+    sent = shown.replace("\n", "\r\n")  # as browsers do
+    owner.browser.post(f"/batches/{batch.pk}/clone", CLONE | {"metadata": sent})
+    assert newest() != batch
+    assert newest().metadata == metadata
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
+        ({"metadata": '{"a": 1}'}, "Every value must be a text"),
+        ({"metadata": '{"a": '}, "This is no JSON"),
+        ({"metadata": '{"a": "\\u0000"}'}, "must not contain NUL"),
+        ({"metadata": '{"a": "\\ud800"}'}, "This is no JSON"),
         ({"completion_window": "soon"}, "completion_window must be a number of hours or minutes"),
         ({"priority": "top"}, "Select a valid choice"),
         ({"metadata": "no pair"}, "Write &#x27;no pair&#x27; as key=value."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from django.test import Client
 from playwright.sync_api import Page, expect
 
 from accounts.models import User
+from tests.batches.test_batch_pages import batch_of
 from tests.conftest import Person
 from tests.e2e.conftest import Visit
 
@@ -67,6 +69,21 @@ def test_the_slash_focuses_search_and_nothing_goes_anywhere_while_typing(
     expect(search).to_have_value("g?gb/")
     expect(page.get_by_role("dialog", name="Keyboard shortcuts")).to_be_hidden()
     assert page.url.endswith("/operator/organizations")
+    assert complaints == []
+
+
+def test_the_slash_folds_a_search_out_that_is_folded_away(
+    owner: Person, at: Any, complaints: list[str], wakeups_sent: Any, own_storage: Any
+) -> None:
+    batch_of(owner)
+    page = at(owner.browser, "/batches")
+    search = page.get_by_label("Search")
+    expect(search).to_be_hidden()
+    page.keyboard.press("/")
+    expect(search).to_be_focused()
+    page.keyboard.type("in.jsonl")
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(r"\?q=in\.jsonl&"))
     assert complaints == []
 
 

@@ -138,6 +138,12 @@ def test_one_that_is_alive_is_not_forgotten(desk: Client) -> None:
     assert Worker.objects.exists()
 
 
+def test_it_asks_again_also_when_there_is_none(desk: Client) -> None:
+    said = desk.get(PAGE).content.decode()
+    assert "No worker has been heard of yet" in said
+    assert 'hx-trigger="every 3s, portal:seen from:body"' in said
+
+
 def test_it_pages_by_name(desk: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "PAGE_SIZE", 2)
     for name in ("c", "a", "b"):
