@@ -35,8 +35,12 @@ class BatchFilterForm(forms.Form):
     project = forms.ChoiceField(required=False)
     user = forms.ChoiceField(required=False, label="Person", widget=LongSelect)
     key = forms.ChoiceField(required=False, label="API key", widget=LongSelect)
-    since = forms.DateField(label="From", required=False, widget=forms.DateInput({"type": "date"}))
-    until = forms.DateField(label="To", required=False, widget=forms.DateInput({"type": "date"}))
+    since = forms.DateField(
+        label="From (UTC)", required=False, widget=forms.DateInput({"type": "date"})
+    )
+    until = forms.DateField(
+        label="To (UTC)", required=False, widget=forms.DateInput({"type": "date"})
+    )
     metadata = forms.CharField(
         required=False,
         max_length=600,
