@@ -4,15 +4,27 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     dependencies = [
-        ('batches', '0013_batch_pages'),
+        ("batches", "0013_batch_pages"),
     ]
 
     operations = [
         migrations.AlterField(
-            model_name='batch',
-            name='status',
-            field=models.CharField(choices=[('validating', 'Validating'), ('failed', 'Failed'), ('in_progress', 'In progress'), ('finalizing', 'Finalizing'), ('completed', 'Completed'), ('expired', 'Expired'), ('cancelling', 'Cancelling'), ('cancelled', 'Cancelled')], default='validating', max_length=16),
+            model_name="batch",
+            name="status",
+            field=models.CharField(
+                choices=[
+                    ("validating", "Validating"),
+                    ("failed", "Failed"),
+                    ("in_progress", "In progress"),
+                    ("finalizing", "Finalizing"),
+                    ("completed", "Completed"),
+                    ("expired", "Expired"),
+                    ("cancelling", "Cancelling"),
+                    ("cancelled", "Cancelled"),
+                ],
+                default="validating",
+                max_length=16,
+            ),
         ),
     ]
