@@ -77,6 +77,13 @@ def use_of(quota: Quota, *, model: str = "") -> dict[str, Amount]:
     }
 
 
+def unfinished_batches(organization: Organization) -> int:
+    """How many of its batches have not ended, whatever holds them up."""
+    with scopes_disabled():
+        mine = Reservation.objects.filter(organization=organization)
+        return mine.exclude(REAL_TIME).count()
+
+
 def bytes_of(quota: Quota) -> int:
     """Bytes that its subject keeps."""
     if _storage_meter is None:

@@ -37,6 +37,12 @@ class NotFound(ApiError):
     status = 404
 
 
+class OtherOrganization(ApiError):
+    """What was sent comes from a page of another organization than the session is in by now."""
+
+    status = 409
+
+
 class Gone(ApiError):
     """It was there once, or never was: which of the two is not said."""
 

@@ -55,6 +55,18 @@ LIMITS: Mapping[str, Limit] = {
 }
 
 
+def in_words(quota: Quota | None) -> list[str]:
+    """The limits that are set in this row, one a line."""
+    if quota is None:
+        return []
+    amounts = [(limit, getattr(quota, field)) for field, limit in LIMITS.items()]
+    return [
+        f"{limit.label}: {limit.said(amount, unit=limit.unit in ('bytes', 'money'))}"
+        for limit, amount in amounts
+        if amount is not None
+    ]
+
+
 def default_of(field: str) -> int | None:
     """What holds for an organization that has no limit of its own; None: no limit."""
     defaults: dict[str, int] = {

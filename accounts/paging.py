@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from django.db.models import Model, QuerySet
+from django.http import HttpRequest
 
 M = TypeVar("M", bound=Model)
+
+
+def searched(request: HttpRequest) -> str:
+    """What is looked for by the list's search box; '' for nothing."""
+    return request.GET.get("q", "").replace("\0", "").strip()[:150]
 
 
 def page_of(

@@ -1,4 +1,5 @@
-"""Audit of what people change about how they sign in; allauth's signals are the door to it."""
+"""Audit of what people change about how they sign in, and what they are told once they are in;
+signals of allauth and of Django are the door to it."""
 
 from __future__ import annotations
 
@@ -10,10 +11,13 @@ from allauth.mfa import signals as mfa
 from allauth.mfa.models import Authenticator
 from allauth.socialaccount import signals as social
 from allauth.socialaccount.models import SocialAccount, SocialLogin
+from django.contrib.auth.signals import user_logged_in
 from django.db.models.signals import post_delete
 from django.dispatch import receiver
+from django.http import HttpRequest
 
 from accounts.models import IdentityProvider, User
+from accounts.pages import tell_undone
 from accounts.services import audit
 
 
@@ -67,6 +71,11 @@ def social_account_added(sociallogin: SocialLogin, **_: Any) -> None:
 def social_account_removed(socialaccount: SocialAccount, **_: Any) -> None:
     user, changes = socialaccount.user, {"provider": [socialaccount.provider, None]}
     audit.record("social_account.removed", actor=user, target=user, changes=changes)
+
+
+@receiver(user_logged_in)
+def signed_in(request: HttpRequest, **_: Any) -> None:
+    tell_undone(request)
 
 
 @receiver(post_delete, sender=IdentityProvider)

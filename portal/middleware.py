@@ -12,6 +12,7 @@ import structlog
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
+from django.shortcuts import render
 
 from accounts import throttling
 from accounts.throttling import RateLimited
@@ -109,6 +110,21 @@ def small_bodies(get_response: GetResponse) -> GetResponse:
             said = "The request body is too large for this path."
             return envelope(413, said, code="body_too_large")
         return HttpResponse("What was sent is too large.", status=413, content_type="text/plain")
+
+    return middleware
+
+
+def method_not_allowed(get_response: GetResponse) -> GetResponse:
+    """Say to browsers in the portal's look what Django answers with an empty page."""
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        by_person = "text/html" in request.headers.get("Accept", "")
+        if response.status_code != 405 or not by_person or request.path_info.startswith("/v1"):
+            return response
+        page = render(request, "405.html", status=405)
+        page["Allow"] = response["Allow"]
+        return page
 
     return middleware
 

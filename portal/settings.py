@@ -218,6 +218,7 @@ MIDDLEWARE = [
     "allauth.account.middleware.AccountMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
     "accounts.middleware.current_organization",
+    "portal.middleware.method_not_allowed",
 ]
 ROOT_URLCONF = "portal.urls"
 WSGI_APPLICATION = "portal.wsgi.application"
@@ -233,7 +234,11 @@ TEMPLATES = [
                 "django.contrib.auth.context_processors.auth",
                 "django.contrib.messages.context_processors.messages",
             ],
-            "builtins": ["portal.templatetags.icons", "portal.templatetags.moments"],
+            "builtins": [
+                "portal.templatetags.icons",
+                "portal.templatetags.moments",
+                "portal.templatetags.owned_forms",
+            ],
         },
     }
 ]

@@ -6,7 +6,7 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -32,9 +32,14 @@ LARGEST = 20
 LONGEST = 300
 """Characters of a setting's value that are shown."""
 _SECRETIVE = re.compile(
-    "secret|password|token|credential|private|api_?key|(^|_)key$", re.IGNORECASE
+    "secret|password|token|credential|private_?key|api_?key|(^|_)key$", re.IGNORECASE
 )
+_OPEN = {"PASSWORD_HASHERS", "AUTH_PASSWORD_VALIDATORS", "ACCOUNT_RATE_LIMITS"}
+"""Named like secrets, but none."""
 _USERINFO = re.compile(r"(?<=://)[^/\s@]*@")
+_QUERY = re.compile(r"(?<=[?&])([\w-]+)=([^&#\s'\"]+)")
+SHORT = 8
+"""Characters; what is shorter is also part of other words."""
 
 
 # --- Versions and health ------------------------------------------------------------------------
@@ -177,25 +182,39 @@ def settings_in_effect() -> list[tuple[str, str]]:
     """Every setting of `portal/settings.py` as it is now, without what is secret by its name, by
     being part of a URL, or by being the same as something secret."""
     names = sorted(name for name in vars(own_settings) if name.isupper() and name[0] != "_")
-    values = {name: getattr(settings, name, None) for name in names}
+    values = {name: _plain(getattr(settings, name, None)) for name in names}
     secret = sorted(_secrets_in(values), key=len, reverse=True)
     return [(name, _text(_masked(name, values[name]), secret)) for name in names]
 
 
+def _plain(value: Any) -> Any:
+    """With the fields of what would else be shown as one text, its secrets among them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
 def _secrets_in(value: Any, name: str = "") -> set[str]:
-    """The texts that a name says are secret, long enough to be told from other words."""
+    """The texts that a name says are secret."""
+    if name in _OPEN:
+        return set()
     if isinstance(value, Mapping):
         return {said for key, each in value.items() for said in _secrets_in(each, str(key))}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return {said for each in value for said in _secrets_in(each, name)}
-    is_one = isinstance(value, str) and len(value) >= 8 and _SECRETIVE.search(name)
-    return {value} if is_one and " " not in value and "." not in value else set()
+    return {value} if isinstance(value, str) and value and _SECRETIVE.search(name) else set()
 
 
 def _masked(name: str, value: Any) -> Any:
+    if name in _OPEN:
+        return value
     if isinstance(value, Mapping):
         return {key: _masked(str(key), each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_masked(name, each) for each in value]
     if isinstance(value, str) and value and _SECRETIVE.search(name):
         return MASK
@@ -204,6 +223,14 @@ def _masked(name: str, value: Any) -> Any:
 
 def _text(value: Any, secret: list[str]) -> str:
     said = _USERINFO.sub(f"{MASK}@", value if isinstance(value, str) else repr(value))
+    said = _QUERY.sub(_masked_part, said)
     for each in secret:
-        said = said.replace(each, MASK)
+        alone = r"(?<!\w){}(?!\w)" if len(each) < SHORT else "{}"
+        said = re.sub(alone.format(re.escape(each)), MASK, said)
     return said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
+
+
+def _masked_part(found: re.Match[str]) -> str:
+    """One part of a URL's query."""
+    name, value = found.groups()
+    return f"{name}={MASK if _SECRETIVE.search(name) else value}"

@@ -76,6 +76,15 @@ class Row:
         return f"{Health(self.worker.health).label} {self.worker.health_why}".strip()
 
     @property
+    def draining_means(self) -> str:
+        """What draining it now means, before it is done."""
+        chunks = sum(each.chunks for each in self.running)
+        has = {0: "It works on nothing now", 1: "It finishes the chunk that it works on now"}.get(
+            chunks, f"It finishes the {chunks:,} chunks that it works on now"
+        )
+        return f"{has} and begins nothing more, over restarts too, until it is resumed."
+
+    @property
     def memory_percent(self) -> int | None:
         total = self.worker.memory_total
         return round(100 * self.worker.memory_used / total) if total else None

@@ -30,8 +30,12 @@ class AuditForm(forms.Form):
         widget=forms.TextInput({"placeholder": "Name or id"}),
     )
     address = forms.GenericIPAddressField(label="IP address", required=False)
-    since = forms.DateField(label="From", required=False, widget=forms.DateInput({"type": "date"}))
-    until = forms.DateField(label="To", required=False, widget=forms.DateInput({"type": "date"}))
+    since = forms.DateField(
+        label="From (UTC)", required=False, widget=forms.DateInput({"type": "date"})
+    )
+    until = forms.DateField(
+        label="To (UTC)", required=False, widget=forms.DateInput({"type": "date"})
+    )
 
     @property
     def wanted(self) -> Q:

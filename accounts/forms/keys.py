@@ -148,7 +148,7 @@ class LeakedForm(forms.Form):
         help_text="At most 1,000, one a line. What is no key of ours is only counted.",
         widget=forms.Textarea({"rows": 6, "autocomplete": "off", "spellcheck": "false"}),
     )
-    revoke = forms.BooleanField(required=False, label="Revoke those that work")
+    revoke = forms.BooleanField(required=False)
 
     def clean_keys(self) -> list[str]:
         texts = list(dict.fromkeys(str(self.cleaned_data["keys"]).split()))

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlencode
 
 from django import forms
 from django.contrib import messages
+from django.db.models import Q
 from django.http.response import HttpResponseBase
 from django.shortcuts import redirect, render
 from django.views.decorators.debug import sensitive_variables
@@ -21,8 +23,8 @@ from accounts.forms.keys import KeyChangeForm, KeyForm, RotateForm
 from accounts.forms.last_day import end_of
 from accounts.keys import redacted
 from accounts.models import ApiKey, Project
-from accounts.pages import PageRequest, page, sent
-from accounts.paging import page_of
+from accounts.pages import PageRequest, is_typed, page, sent
+from accounts.paging import page_of, searched
 from accounts.services import keys
 
 PAGE_SIZE = 25
@@ -58,13 +60,21 @@ def api_keys(request: PageRequest, caller: Caller) -> HttpResponseBase:
     rows = ApiKey.objects.select_related("project", "created_by")
     if not ended:
         rows = rows.filter(revoked_at=None)
+    if q := searched(request):
+        start = q.removeprefix("sk-vbp-").partition("-")[0]
+        rows = rows.filter(
+            Q(name__icontains=q) | Q(created_by__email__icontains=q) | Q(prefix__startswith=start)
+        )
     found, more = page_of(rows, after, PAGE_SIZE, descending=True)
+    query = {"q": q} if q else {}
     ctx = {
         "rows": [Row(key, keys.may_change(caller, key)) for key in found],
         "after": after,
         "last": found[-1].pk if more else "",
         "ended": ended,
-        "query": "ended=1" if ended else "",
+        "q": q,
+        "query": urlencode(query | ({"ended": "1"} if ended else {})),
+        "found_by": urlencode(query),
     }
     return render(request, "accounts/api_keys.html", ctx)
 
@@ -144,7 +154,10 @@ def api_key_rotate(request: PageRequest, caller: Caller, key_id: str) -> HttpRes
 @require_POST
 @page
 def api_key_revoke(request: PageRequest, caller: Caller, key_id: str) -> HttpResponseBase:
-    key = keys.revoke_api_key(actor=caller, key=_own(caller, key_id))
+    key = _own(caller, key_id)
+    if not is_typed(request, key.name, done="revoked"):
+        return redirect("api_keys")
+    key = keys.revoke_api_key(actor=caller, key=key)
     messages.success(request, f"{key.name} is revoked: it and its tokens stopped working.")
     return redirect("api_keys")
 

@@ -15,7 +15,7 @@ from accounts import access, ids
 from accounts.access import Caller
 from accounts.allowances import allowances_of, holders, is_set
 from accounts.forms.limits import LimitsForm
-from accounts.limits import quota_of
+from accounts.limits import in_words, quota_of
 from accounts.models import ApiKey, Membership, Quota, User
 from accounts.pages import PageRequest, operator_page, organization_or_404, page, sent
 from accounts.services import audit
@@ -87,19 +87,18 @@ def operator_limits(request: PageRequest, user: User, organization_id: str) -> H
     """An organization's own limits, for platform operators."""
     organization = organization_or_404(organization_id)
     with scopes_disabled():
-        form = LimitsForm(sent(request), quota=quota_of(organization))
+        # In the list several of these forms may be open at once.
+        ids = f"id_{organization.pk}_%s" if request.htmx else "id_%s"
+        form = LimitsForm(sent(request), quota=quota_of(organization), auto_id=ids)
     if form.is_valid():
-        set_limits(actor=user, organization=organization, **form.cleaned_data)
+        quota = set_limits(actor=user, organization=organization, **form.cleaned_data)
         if request.htmx:
-            return render(request, INLINE, {"organization": organization, "saved": True})
+            ctx = {"organization": organization, "saved": True, "limits": in_words(quota)}
+            return render(request, INLINE, ctx)
         messages.success(request, f"The limits of {organization} are saved.")
         return redirect("operator_limits", organization_id)
     audit.record("operator.looked", actor=user, organization=organization, label=request.path)
-    ctx = {
-        "name": str(organization),
-        "organization": organization,
-        "form": form,
-    }
+    ctx = {"name": str(organization), "organization": organization, "form": form}
     if request.htmx:  # HTMX leaves the page as it is unless the answer is good
         return render(request, INLINE, ctx)
     ctx["allowances"] = allowances_of(organization)

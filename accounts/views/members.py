@@ -6,8 +6,10 @@ How an invited person comes in is in `invitations.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlencode
 
 from django.contrib import messages
+from django.db.models import Q
 from django.http.response import HttpResponseBase
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_http_methods, require_POST
@@ -18,7 +20,7 @@ from accounts.errors import BadRequest, QuotaExceeded, Unavailable
 from accounts.forms.organizations import InviteForm
 from accounts.models import Invitation, Membership, Role
 from accounts.pages import PageRequest, page, sent
-from accounts.paging import page_of
+from accounts.paging import page_of, searched
 from accounts.queries import with_keys
 from accounts.services import invitations, members
 
@@ -58,7 +60,7 @@ def organization_members(request: PageRequest, caller: Caller) -> HttpResponseBa
         caller.require("members")
         if form.is_valid() and _invited(request, caller, form):
             return redirect("organization_members")
-    ctx = _members(caller, request.GET.get("after", "")) | {"form": form}
+    ctx = _members(caller, request.GET.get("after", ""), searched(request)) | {"form": form}
     status = 400 if form.errors else 200
     return render(request, "accounts/members.html", ctx, status=status)
 
@@ -136,12 +138,13 @@ def _invited(request: PageRequest, caller: Caller, form: InviteForm) -> bool:
     return True
 
 
-def _members(caller: Caller, after: str) -> dict[str, object]:
+def _members(caller: Caller, after: str, q: str) -> dict[str, object]:
     after = after if after.isascii() and after.isdigit() and len(after) < 19 else ""
-    mine = with_keys(Membership.objects.all())
+    named = Q(user__name__icontains=q) | Q(user__email__icontains=q) if q else Q()
+    mine = with_keys(Membership.objects.filter(named))
     found, more = page_of(mine, after, PAGE_SIZE, descending=True)
     giveable = members.roles_to_give(caller)
-    waiting = Invitation.objects.filter(accepted_at=None, revoked_at=None)
+    waiting = Invitation.objects.filter(accepted_at=None, revoked_at=None, email__icontains=q)
     return {
         "rows": [_row(caller, each, giveable) for each in found],
         "invitations": list(
@@ -149,6 +152,8 @@ def _members(caller: Caller, after: str) -> dict[str, object]:
         ),
         "after": after,
         "last": found[-1].pk if more else "",
+        "q": q,
+        "query": urlencode({"q": q}) if q else "",
     }
 
 

@@ -16,10 +16,11 @@ from django.urls import reverse
 from django.views.decorators.http import require_POST, require_safe
 from django_scopes import scopes_disabled
 
+from accounts.consumption import unfinished_batches
 from accounts.errors import BadRequest, NotFound
 from accounts.forms.organizations import SuspendForm
-from accounts.limits import LIMITS
-from accounts.models import Organization, Quota, User
+from accounts.limits import in_words
+from accounts.models import Organization, User
 from accounts.pages import PageRequest, operator_page
 from accounts.paging import page_of
 from accounts.queries import RANKS, organizations_found, own_limits, people_found, ranking
@@ -46,23 +47,11 @@ def operator_organizations(request: PageRequest, user: User) -> HttpResponseBase
         organizations_found(given["q"].strip(), given["state"]), after, PAGE_SIZE, descending=True
     )
     limits = own_limits(found)
-    rows = [(organization, _said(limits.get(organization.pk))) for organization in found]
+    rows = [(organization, in_words(limits.get(organization.pk))) for organization in found]
     query = urlencode({name: value for name, value in given.items() if value})
     last = found[-1].pk if more else ""
     ctx = given | {"rows": rows, "after": after, "last": last, "query": query}
     return render(request, "accounts/operator_organizations.html", ctx)
-
-
-def _said(quota: Quota | None) -> list[str]:
-    """The limits that an operator set, in words."""
-    if quota is None:
-        return []
-    amounts = [(limit, getattr(quota, field)) for field, limit in LIMITS.items()]
-    return [
-        f"{limit.label}: {limit.said(amount, unit=limit.unit in ('bytes', 'money'))}"
-        for limit, amount in amounts
-        if amount is not None
-    ]
 
 
 @require_safe
@@ -195,6 +184,11 @@ def _shown(
     request: PageRequest, organization: Organization, form: SuspendForm, *, status: int = 200
 ) -> HttpResponseBase:
     looking = request.session.get("looking_at") == organization.pk
-    ctx = {"organization": organization, "form": form, "looking": looking}
-    ctx["days"] = organizations.RESTORABLE.days
+    ctx = {
+        "organization": organization,
+        "form": form,
+        "looking": looking,
+        "days": organizations.RESTORABLE.days,
+        "unfinished": unfinished_batches(organization),
+    }
     return render(request, "accounts/operator_organization.html", ctx, status=status)

@@ -12,7 +12,7 @@ from accounts.access import Caller
 from accounts.errors import BadRequest, Forbidden, NotFound
 from accounts.forms.organizations import NameForm
 from accounts.models import Role, User
-from accounts.pages import PageRequest, page, person_page, sent
+from accounts.pages import PageRequest, is_typed, page, person_page, sent
 from accounts.queries import organizations_of
 from accounts.services import members, organizations
 
@@ -72,8 +72,7 @@ def organization_leave(request: PageRequest, caller: Caller) -> HttpResponseBase
 @page
 def organization_delete(request: PageRequest, caller: Caller) -> HttpResponseBase:
     caller.require("organization.delete")
-    if request.POST.get("typed", "").strip() != caller.organization.name:
-        messages.error(request, "Nothing is deleted: the name that you typed is another.")
+    if not is_typed(request, caller.organization.name, done="deleted"):
         return redirect("organization_settings")
     organizations.delete_organization(actor=caller)
     request.session.pop("organization", None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlencode
+
 from django.contrib import messages
+from django.db.models import Q
 from django.http.response import HttpResponseBase
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_http_methods, require_POST
@@ -12,8 +15,8 @@ from accounts.access import Caller
 from accounts.errors import BadRequest
 from accounts.forms.organizations import NameForm
 from accounts.models import Project
-from accounts.pages import PageRequest, page, sent
-from accounts.paging import page_of
+from accounts.pages import PageRequest, is_typed, page, sent
+from accounts.paging import page_of, searched
 from accounts.services import projects
 
 PAGE_SIZE = 50
@@ -29,8 +32,17 @@ def organization_projects(request: PageRequest, caller: Caller) -> HttpResponseB
         if form.is_valid() and _created(request, caller, form):
             return redirect("organization_projects")
     after = request.GET.get("after", "").replace("\0", "")
-    found, more = page_of(Project.objects.all(), after, PAGE_SIZE, descending=True)
-    ctx = {"projects": found, "form": form, "after": after, "last": found[-1].pk if more else ""}
+    q = searched(request)
+    rows = Project.objects.filter(Q(name__icontains=q) | Q(pk=q)) if q else Project.objects.all()
+    found, more = page_of(rows, after, PAGE_SIZE, descending=True)
+    ctx = {
+        "projects": found,
+        "form": form,
+        "after": after,
+        "last": found[-1].pk if more else "",
+        "q": q,
+        "query": urlencode({"q": q}) if q else "",
+    }
     status = 400 if form.errors else 200
     return render(request, "accounts/projects.html", ctx, status=status)
 
@@ -53,6 +65,8 @@ def project_rename(request: PageRequest, caller: Caller, project_id: str) -> Htt
 def project_archive(request: PageRequest, caller: Caller, project_id: str) -> HttpResponseBase:
     caller.require("projects")
     project = access.get(caller, Project, project_id, param="project_id")
+    if not is_typed(request, project.name, done="archived"):
+        return redirect("organization_projects")
     try:
         projects.archive_project(actor=caller, project=project)
     except BadRequest as error:  # it became the last one while the person was deciding

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
-from django.db.models import Count, Exists, OuterRef, Q, QuerySet, Subquery, Sum
+from django.db.models import Count, Exists, F, OuterRef, Q, QuerySet, Subquery, Sum
+from django.db.models.functions import Greatest
 from django_scopes import scopes_disabled
 
 from accounts.models import ApiKey, Organization, User
@@ -45,6 +47,26 @@ def kept_for(organization: Organization, purpose: str) -> timedelta | None:
     """How long a new file of this purpose stays unless something else is asked for."""
     days = retention_of(organization).days_of(purpose)
     return None if days is None else timedelta(days=days)
+
+
+def sooner(
+    files: QuerySet[File], row: Retention, earliest: datetime
+) -> Iterator[tuple[QuerySet[File], Greatest]]:
+    """Of these files, by kind, those that the row's days let go sooner than now, and when."""
+    outputs = Q(purpose=Purpose.BATCH_OUTPUT)
+    for which, days in ((~outputs, row.input_days), (outputs, row.output_days)):
+        if days is None:
+            continue
+        end = Greatest(F("created_at") + timedelta(days=days), earliest)
+        later = Q(expires_at=None) | Q(expires_at__gt=end)
+        yield files.filter(which, later), end
+
+
+def count_sooner(input_days: int | None, output_days: int | None, earliest: datetime) -> int:
+    """How many of the caller's files these days would let go sooner; in the caller's scope."""
+    row = Retention(input_days=input_days, output_days=output_days)
+    found = sooner(File.objects.filter(deleted_at=None), row, earliest)
+    return sum(files.count() for files, _ in found)
 
 
 def files_like(purpose: str, text: str) -> QuerySet[File]:

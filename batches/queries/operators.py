@@ -81,4 +81,25 @@ def models_with_work() -> QuerySet[Model]:
 
 
 def halted_organizations() -> QuerySet[Share]:
-    return Share.objects.exclude(halt="").select_related("organization").order_by("organization")
+    """Their shares, with `batches_waiting` and `chunks_running` of each."""
+    its = {"organization": OuterRef("pk")}
+    going = Batch.objects.filter(status=Status.IN_PROGRESS, **its).order_by()
+    leased = Chunk.objects.filter(
+        batch__organization=OuterRef("pk"), state=ChunkState.LEASED
+    ).order_by()
+    halted = Share.objects.exclude(halt="").select_related("organization").order_by("organization")
+    return halted.annotate(
+        batches_waiting=Coalesce(
+            Subquery(going.values("organization").annotate(n=Count("pk")).values("n")), 0
+        ),
+        chunks_running=Coalesce(
+            Subquery(leased.values("batch__organization").annotate(n=Count("pk")).values("n")), 0
+        ),
+    )
+
+
+def work_of(organization: Organization) -> tuple[int, int]:
+    """How many of its batches are in progress, and how many of their chunks run now."""
+    going = Batch.objects.filter(organization=organization, status=Status.IN_PROGRESS)
+    leased = Chunk.objects.filter(batch__organization=organization, state=ChunkState.LEASED)
+    return going.count(), leased.count()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from django.db import transaction
-from django.db.models import F, Q
-from django.db.models.functions import Greatest
 from django.utils import timezone
 from django_scopes import scopes_disabled
 
@@ -14,7 +12,8 @@ from accounts.access import Caller
 from accounts.errors import BadRequest
 from accounts.services import audit
 from batches.models import File, Retention
-from batches.models.files import MOST_DAYS, Purpose
+from batches.models.files import MOST_DAYS
+from batches.queries.files import sooner
 
 SLICE = 500
 """So many files are given their expiry at once."""
@@ -84,10 +83,5 @@ def _apply(id: str) -> None:
 
 def _expire(ids: list[str], row: Retention, since: datetime) -> None:
     """Shortens only."""
-    outputs = Q(purpose=Purpose.BATCH_OUTPUT)
-    for which, days in ((~outputs, row.input_days), (outputs, row.output_days)):
-        if days is None:
-            continue
-        end = Greatest(F("created_at") + timedelta(days=days), since + GRACE)
-        later = Q(expires_at=None) | Q(expires_at__gt=end)
-        File.objects.filter(which, later, pk__in=ids).update(expires_at=end)
+    for files, end in sooner(File.objects.filter(pk__in=ids), row, since + GRACE):
+        files.update(expires_at=end)

@@ -21,7 +21,7 @@ from accounts import access
 from accounts.access import Caller
 from accounts.errors import ApiError, BadRequest
 from accounts.forms.last_day import end_of
-from accounts.pages import PageRequest, page, sent
+from accounts.pages import PageRequest, is_typed, page, sent
 from accounts.paging import page_of
 from batches import downloads, previews
 from batches.forms.files import ExpiryForm, FilterForm, UploadForm
@@ -155,8 +155,7 @@ def file_expiry(request: PageRequest, caller: Caller, file_id: str) -> HttpRespo
 def file_delete(request: PageRequest, caller: Caller, file_id: str) -> HttpResponseBase:
     caller.require("files")
     file = _own(caller, file_id)
-    if request.POST.get("typed", "").split() != file.filename.split():
-        messages.error(request, "Nothing is deleted: the name that you typed is another.")
+    if not is_typed(request, file.filename, done="deleted"):
         return redirect("file", file.pk)
     files.delete_file(actor=caller, file=file)
     messages.success(request, f"{file.filename} is deleted.")

@@ -19,7 +19,7 @@ from django.views.decorators.csrf import csrf_exempt, csrf_protect
 from accounts import throttling
 from accounts.access import Caller
 from accounts.errors import ApiError, BadRequest
-from accounts.pages import PageRequest, page
+from accounts.pages import PageRequest, file_page, require_own_page
 from batches import multipart, projects
 from batches.models import File
 from batches.services import files
@@ -32,7 +32,14 @@ FORM_BYTES = 64 * 1024
 
 def takes_a_file(view: View[P]) -> Callable[Concatenate[PageRequest, P], HttpResponseBase]:
     """A page like others, to which a file may be sent by who may keep files."""
-    reading = csrf_protect(view)
+
+    @csrf_protect
+    def reading(
+        request: PageRequest, caller: Caller, /, *args: P.args, **kwargs: P.kwargs
+    ) -> HttpResponseBase:
+        if request.method == "POST":
+            require_own_page(request, caller)
+        return view(request, caller, *args, **kwargs)
 
     def guarded(
         request: PageRequest, caller: Caller, /, *args: P.args, **kwargs: P.kwargs
@@ -52,7 +59,7 @@ def takes_a_file(view: View[P]) -> Callable[Concatenate[PageRequest, P], HttpRes
             return refused(error)
 
     update_wrapper(guarded, view)
-    return csrf_exempt(page(guarded))
+    return csrf_exempt(file_page(guarded))
 
 
 def by_script(request: PageRequest) -> bool:

@@ -26,7 +26,7 @@ from accounts import access, reveals
 from accounts.access import Caller
 from accounts.errors import ApiError, NotFound
 from accounts.models import Organization, Project, User
-from accounts.pages import PageRequest, operator_page, page, require_valid, sent
+from accounts.pages import PageRequest, is_typed, operator_page, page, require_valid, sent
 from accounts.paging import page_of
 from accounts.services import audit
 from accounts.views.keys import tell
@@ -219,8 +219,7 @@ def webhook_switch(request: PageRequest, caller: Caller, webhook_id: str) -> Htt
 def webhook_delete(request: PageRequest, caller: Caller, webhook_id: str) -> HttpResponseBase:
     caller.require("webhooks")
     row = _webhook(caller, webhook_id)
-    if request.POST.get("typed", "").strip() != row.name:
-        messages.error(request, "That is not its name: it was not deleted.")
+    if not is_typed(request, row.name, done="deleted"):
         return redirect("webhook", row.pk)
     service.delete_webhook(actor=caller, row=row)
     messages.success(request, f"{row.name} is deleted, with all that was sent to it.")

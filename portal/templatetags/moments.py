@@ -18,4 +18,4 @@ def time_element(moment: datetime | None) -> SafeString:
         return SafeString("")
     at = moment.astimezone(UTC)
     exact, short = f"{at:%Y-%m-%d %H:%M:%S}", f"{at.day} {at:%b %Y, %H:%M}"
-    return SafeString(f'<time datetime="{at.isoformat()}" title="{exact} UTC">{short}</time>')
+    return SafeString(f'<time datetime="{at.isoformat()}" title="{exact} UTC">{short} UTC</time>')

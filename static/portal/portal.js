@@ -135,6 +135,14 @@
     if (button) copy(button);
   });
 
+  // --- What was opened inside a list, closed again --------------------------------------------
+  document.addEventListener("click", (event) => {
+    const id = event.target.closest("[data-empty]")?.dataset.empty;
+    if (!id) return;
+    document.getElementById(id).replaceChildren();
+    $(`[aria-controls="${CSS.escape(id)}"]`)?.focus();
+  });
+
   // --- The keyboard ---------------------------------------------------------------------------
   const TOGETHER = 1500; // milliseconds between the two keys of "g b"
   const typing = (target) => target.closest?.("input, textarea, select, [contenteditable]");

@@ -241,7 +241,7 @@ def test_the_export_is_streamed_under_a_name_of_its_own(owner: Person) -> None:
 @pytest.mark.parametrize(
     ("query", "why"),
     [
-        ({"since": "soon"}, "From: Enter a valid date."),
+        ({"since": "soon"}, "From (UTC): Enter a valid date."),
         ({"address": "here"}, "IP address: Enter a valid IPv4 or IPv6 address."),
     ],
 )

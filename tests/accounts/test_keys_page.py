@@ -194,7 +194,7 @@ def test_members_see_all_keys_of_the_organization_and_change_their_own(
 
 def test_revoked_keys_are_shown_when_asked_for(owner: Person) -> None:
     key, _ = made(owner)
-    owner.browser.post(f"{HERE}/{key.pk}/revoke")
+    owner.browser.post(f"{HERE}/{key.pk}/revoke", {"typed": "CI"})
     assert shown(owner.browser.get(HERE)) == ["owner@acme.test"]
     assert shown(owner.browser.get(f"{HERE}?ended=1")) == ["CI", "owner@acme.test"]
 
@@ -214,6 +214,39 @@ def test_the_list_pages_by_key(owner: Person, monkeypatch: pytest.MonkeyPatch) -
     assert shown(first) == ["c", "b"]
     assert shown(owner.browser.get(f"{HERE}?after={first.context['last']}")) == ["owner@acme.test"]
     assert owner.browser.get(f"{HERE}?after=%00").status_code == 200
+
+
+def test_keys_are_found_by_name_owner_and_prefix(
+    owner: Person, teammate: Person, stranger: Person
+) -> None:
+    key, _ = made(owner, name="Nightly")
+    for q, found in (
+        ("NIGHTLY", ["Nightly"]),
+        ("TEAMMATE", ["teammate@acme.test"]),
+        (key.prefix, ["Nightly"]),
+        (f"sk-vbp-{key.prefix}-•••", ["Nightly"]),
+        ("globex", []),
+    ):
+        assert shown(owner.browser.get(HERE, {"q": q})) == found, q
+    page = owner.browser.get(HERE, {"q": "globex"}).content.decode()
+    assert "No key is like this" in page
+    assert owner.browser.get(f"{HERE}?q=%00").status_code == 200
+
+
+def test_what_is_looked_for_stays_from_page_to_page(
+    owner: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "PAGE_SIZE", 1)
+    for name in ("a & b", "other", "a & c"):
+        keys.create_api_key(project=owner.caller.project, name=name)
+    first = owner.browser.get(HERE, {"q": "a &", "ended": "1"})
+    assert shown(first) == ["a &amp; c"]
+    page = first.content.decode()
+    assert '<input type="hidden" name="ended" value="1">' in page
+    older = re.search(r'href="(\?q=a\+%26&amp;ended=1&amp;after=\w+)" rel="next"', page)
+    assert older
+    assert shown(owner.browser.get(HERE + older[1].replace("&amp;", "&"))) == ["a &amp; b"]
+    assert '<a href="?q=a+%26">Without revoked ones</a>' in page
 
 
 def test_the_lists_queries_do_not_grow_with_its_rows(owner: Person) -> None:
@@ -266,8 +299,19 @@ def test_a_key_that_was_replaced_is_not_changed(owner: Person) -> None:
 def test_a_revoked_key_stops_at_once(owner: Person) -> None:
     key, text = made(owner)
     assert works(text)
-    assert owner.browser.post(f"{HERE}/{key.pk}/revoke")["Location"] == HERE
+    path = f"{HERE}/{key.pk}/revoke"
+    assert owner.browser.post(path, {"typed": "CI"})["Location"] == HERE
     assert not works(text)
+
+
+@pytest.mark.parametrize("typed", ["", "ci", "owner@acme.test"])
+def test_a_key_is_revoked_by_its_name_alone(typed: str, owner: Person) -> None:
+    key, text = made(owner)
+    for page in (HERE, f"{HERE}/{key.pk}"):
+        assert "Revoke the key <bdi>CI</bdi>?" in owner.browser.get(page).content.decode()
+    page = owner.browser.post(f"{HERE}/{key.pk}/revoke", {"typed": typed}, follow=True)
+    assert "Nothing is revoked: the name that you typed is another." in page.content.decode()
+    assert works(text)
 
 
 @pytest.mark.parametrize(("what", "status"), [("", 302), ("/revoke", 302), ("/rotate", 403)])

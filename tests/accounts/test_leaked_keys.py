@@ -182,6 +182,13 @@ def test_the_page_revokes_when_asked(staff: Person, stranger: Person) -> None:
     assert (event.action, event.via) == ("api_key.revoked_as_leaked", "operator")
 
 
+def test_the_page_asks_before_it_revokes(staff: Person) -> None:
+    page = staff.browser.get(PAGE).content.decode()
+    before, _, asked_for = page.partition("Revoke every key among these texts?")
+    assert 'name="revoke"' not in before
+    assert '<button class="btn btn-danger" name="revoke" value="on">' in asked_for
+
+
 def test_the_page_takes_at_most_a_thousand(staff: Person) -> None:
     texts = "\n".join(f"x{number}" for number in range(1001))
     response = staff.browser.post(PAGE, {"keys": texts})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from accounts.ids import user_id
 from accounts.models import ApiKey, AuditEvent, Membership, Organization, Role, User
 from accounts.queries import caller_of_key
 from accounts.services import keys, members
+from accounts.views import members as views
 from tests import jobs
 from tests.conftest import Person
 from tests.wire import assert_refused, post
@@ -308,6 +310,28 @@ def test_a_role_is_changed_and_a_member_removed_by_page(owner: Person, teammate:
     response = owner.browser.post(f"{path}/remove")
     assert said(response) == ["teammate@acme.test is no longer a member."]
     assert role_of(teammate) is None
+
+
+def test_members_and_invitations_are_found_by_name_and_address(
+    owner: Person, teammate: Person, stranger: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "/organization/members"
+    User.objects.filter(pk=teammate.user.pk).update(name="Zoë Ng")
+    for email in ("guest@acme.test", "other@elsewhere.test"):
+        owner.browser.post(path, {"email": email, "role": "member"})
+
+    def found(q: str) -> list[str]:
+        shown = owner.browser.get(path, {"q": q}).context
+        people = [row.membership.user.email for row in shown["rows"]]
+        return people + [each.email for each in shown["invitations"]]
+
+    assert found("zoë") == ["teammate@acme.test"]
+    assert found("ACME") == ["teammate@acme.test", "owner@acme.test", "guest@acme.test"]
+    assert found("globex") == []
+    assert "No member is like this" in owner.browser.get(path, {"q": "none"}).content.decode()
+    monkeypatch.setattr(views, "PAGE_SIZE", 1)
+    page = owner.browser.get(path, {"q": "acme"}).content.decode()
+    assert re.search(r'href="\?q=acme&amp;after=\d+" rel="next"', page)
 
 
 def test_the_page_says_why_the_last_owner_stays(owner: Person) -> None:

@@ -106,6 +106,21 @@ def test_suspending_and_resuming_is_audited(
     ]
 
 
+def test_before_suspending_it_says_what_that_stops(
+    desk: Client, owner: Person, acme: Organization
+) -> None:
+    path = f"{LIST}/{acme.pk}"
+    assert "None of its batches is unfinished." in desk.get(path).content.decode()
+    created(owner.api)
+    page = desk.get(path).content.decode()
+    assert "Suspend <bdi>Acme</bdi>?" in page
+    assert "1 batch of it is unfinished and stops until it is resumed." in page
+    created(owner.api)
+    page = desk.post(f"{path}/suspend", {"reason": ""}).content.decode()
+    assert "2 batches of it are unfinished and stop until it is resumed." in page
+    assert "Nothing is suspended. Reason: This field is required." in page
+
+
 def test_restoring(desk: Client, owner: Person, acme: Organization) -> None:
     organizations.delete_organization(actor=owner.caller)
     path = f"{LIST}/{acme.pk}"

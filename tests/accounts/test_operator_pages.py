@@ -193,11 +193,15 @@ def test_limits_are_shown_and_edited_within_the_list(
     form = desk.get(path, headers=HTMX).content.decode()
     assert form.lstrip().startswith("<form")
     assert 'name="concurrent_batches" value="5"' in form
+    assert f'data-empty="limits-{acme.pk}"' in form
     refused = desk.post(path, {"concurrent_batches": "many"}, headers=HTMX)
     assert refused.status_code == 200
     assert "Enter a whole number." in refused.content.decode()
     saved = desk.post(path, {"concurrent_batches": 6}, headers=HTMX).content.decode()
     assert "The limits of Acme are saved." in saved
+    cell = saved.partition(f'<div id="own-limits-{acme.pk}" hx-swap-oob="true">')[2]
+    assert "Unfinished batches: 6" in text(cell)
+    assert f'<div id="own-limits-{acme.pk}">' in desk.get(LIST).content.decode()
     with scopes_disabled():
         assert Quota.objects.get(organization=acme).concurrent_batches == 6
         found = AuditEvent.objects.filter(organization=acme, via="operator").order_by("number")
@@ -207,6 +211,21 @@ def test_limits_are_shown_and_edited_within_the_list(
             "operator.looked",
             "limits.changed",
         ]
+
+
+def test_two_forms_of_the_list_share_no_id(
+    desk: Client, acme: Organization, globex: Organization
+) -> None:
+    found = []
+    for organization in (acme, globex):
+        form = desk.get(f"{LIST}/{organization.pk}/limits", headers=HTMX).content.decode()
+        ids = re.findall(r' id="(.+?)"', form)
+        assert set(re.findall(r' for="(.+?)"', form)) <= set(ids)
+        assert {id for each in re.findall(r'describedby="(.+?)"', form) for id in each.split()} <= (
+            set(ids)
+        )
+        found += ids
+    assert len(found) == len(set(found)) > 20
 
 
 @pytest.mark.parametrize("path", [PEOPLE, USAGE])

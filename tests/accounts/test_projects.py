@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from django_scopes import scopes_disabled
 from accounts.errors import BadRequest
 from accounts.models import AuditEvent, Project
 from accounts.services import keys, projects
+from accounts.views import projects as views
 from tests import jobs
 from tests.accounts.test_members import admin_key
 from tests.conftest import Person
@@ -187,9 +189,34 @@ def test_a_project_by_page(owner: Person) -> None:
     assert b'value="Evals"' in owner.browser.get(path).content
     assert owner.browser.post(path, {"name": "Nightly"}).status_code == 302
     assert active(owner) == ["Default", "Nightly"]
-    response = owner.browser.post(f"{path}/archive")
+    assert "Archive the project <bdi>Nightly</bdi>?" in (
+        owner.browser.get("/organization/projects").content.decode()
+    )
+    response = owner.browser.post(f"{path}/archive", {"typed": "Default"})
+    assert said(response) == ["Nothing is archived: the name that you typed is another."]
+    assert active(owner) == ["Default", "Nightly"]
+    response = owner.browser.post(f"{path}/archive", {"typed": " Nightly "})
     assert said(response) == ["Nightly is archived; its keys have stopped."]
     assert active(owner) == ["Default"]
+
+
+def test_projects_are_found_by_name_and_id(
+    owner: Person, stranger: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, _ = made(owner, "Evals one"), made(owner, "Evals two")
+    path = "/organization/projects"
+
+    def found(**query: str) -> list[str]:
+        rows = owner.browser.get(path, query).context["projects"]
+        return [each.name for each in rows]
+
+    assert found(q="EVALS") == ["Evals two", "Evals one"]
+    assert found(q=project.pk) == ["Evals one"]
+    assert found(q=stranger.caller.project.pk) == []
+    assert "No project is like this" in owner.browser.get(path, {"q": "none"}).content.decode()
+    monkeypatch.setattr(views, "PAGE_SIZE", 1)
+    page = owner.browser.get(path, {"q": "evals"}).content.decode()
+    assert re.search(r'href="\?q=evals&amp;after=\w+" rel="next"', page)
 
 
 def test_a_form_keeps_its_input_and_says_what_is_wrong(owner: Person) -> None:
@@ -202,7 +229,7 @@ def test_a_form_keeps_its_input_and_says_what_is_wrong(owner: Person) -> None:
 
 def test_the_page_says_why_the_last_one_stays(owner: Person) -> None:
     path = f"/organization/projects/{owner.caller.project.pk}/archive"
-    response = owner.browser.post(path)
+    response = owner.browser.post(path, {"typed": "Default"})
     assert said(response) == ["The last active project cannot be archived: make another one first."]
 
 

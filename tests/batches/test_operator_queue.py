@@ -322,6 +322,21 @@ def test_a_model_and_an_organization_are_paused_drained_and_resumed(
     assert desk.post("/operator/organizations/org_0/halt", {"halt": ""}).status_code == 404
 
 
+def test_before_pausing_an_organization_it_says_what_that_touches(
+    desk: Client, owner: Person, stranger: Person, acme: Organization
+) -> None:
+    for person in (owner, stranger):
+        jobs.running(person.caller, 1)
+    with scopes_disabled():
+        leased = Batch.objects.get(organization=acme)
+    assert jobs.lease().batch_id == leased.pk
+    said = "1 batch of it is in progress, with 1 chunk running now."
+    share = f"/operator/organizations/{acme.pk}/share"
+    assert said in desk.get(share).content.decode()
+    desk.post(f"/operator/organizations/{acme.pk}/halt", {"halt": "draining"})
+    assert said in desk.get("/operator/pauses").content.decode()
+
+
 def test_what_is_paused_says_so_to_its_tenant(owner: Person, acme: Organization) -> None:
     batch = jobs.running(owner.caller, 1)
 

@@ -205,6 +205,25 @@ def test_it_is_set_on_its_page_and_audited(owner: Person) -> None:
     assert "are being given their last day" in page
 
 
+def test_what_files_lose_is_asked_before(owner: Person, stranger: Person) -> None:
+    aged(stranger, 10)
+    sooner, later = aged(owner, 10, expires_in=3), [aged(owner, 10), aged(owner, 100)]
+    given = {"input_days": "30", "output_days": "", "to_existing": "on"}
+    page = owner.browser.post("/organization/retention", given)
+    said = page.content.decode()
+    assert page.status_code == 200
+    assert "Save, and expire 2 files" in said
+    assert ('name="sure" value="30 never"' in said, 'value="30"' in said) == (True, True)
+    other = given | {"input_days": "20", "sure": "30 never"}
+    assert owner.browser.post("/organization/retention", other).status_code == 200
+    with scopes_disabled():
+        assert not Retention.objects.exists()
+    sure = given | {"sure": "30 never"}
+    assert owner.browser.post("/organization/retention", sure).status_code == 302
+    apply_to_existing()
+    assert [left_days(file) for file in (sooner, *later)] == [3, 20, 1]
+
+
 def test_what_changes_nothing_leaves_no_event(owner: Person) -> None:
     keep(owner, None, None)
     with scopes_disabled():

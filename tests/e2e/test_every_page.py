@@ -20,8 +20,8 @@ from django.utils import timezone
 from django_scopes import scopes_disabled
 from playwright.sync_api import Browser, Page
 
-from accounts.models import HourlyUse, Quota, UsageRecord, User
-from accounts.services import invitations
+from accounts.models import HourlyUse, Organization, Quota, UsageRecord, User
+from accounts.services import invitations, issuers, keys, projects
 from batches.models.batches import Status
 from models_registry.models import Measurement
 from models_registry.services import note_failure, register_model
@@ -42,6 +42,8 @@ async () => (await axe.run(document, { resultTypes: ["violations"] })).violation
     .map((it) => `${it.id}: ${it.nodes.slice(0, 3).map((node) => node.target.join(" ")).join(" | ")}`)
 """
 NOBODY, OWNER, OPERATOR = "nobody", "owner", "operator"
+ONE_WORD, FROM_THE_RIGHT = "W" * 150, "مشروع الليل"
+"""Names that are allowed, and that a page has to bear."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,15 @@ def known(owner: Person, disk: Disk, wakeups_sent: list[tuple[str, ...]]) -> Kno
             heartbeat_at=now,
         )
     note_failure(model.name, why="does not fit")
+    for name in (ONE_WORD, FROM_THE_RIGHT):
+        project = projects.create_project(actor=owner.caller, name=name)
+        keys.create_api_key(project=project, name=name, created_by=owner.user)
+        trust = {"issuer": "https://ci.test", "audience": name, "subject_pattern": name}
+        issuers.create_trusted_issuer(
+            actor=owner.caller, project=project, name=name, scopes=["files"], **trust
+        )
+    User.objects.filter(pk=owner.user.pk).update(name=FROM_THE_RIGHT)
+    Organization.objects.filter(pk=organization.pk).update(name=ONE_WORD)
     return Known(rows, organization.pk, link)
 
 

@@ -170,12 +170,18 @@ def test_limits_are_edited_within_the_list(
     page = desk(visit, live_server, operator, viewport=SIZES[0])
     page.goto(f"{live_server.url}/operator/organizations")
     page.get_by_role("link", name="Limits of Acme").click()
+    expect(page.get_by_label("Unfinished batches")).to_be_visible()
+    page.get_by_role("button", name="Close").click()
+    expect(page.get_by_label("Unfinished batches")).to_have_count(0)
+    expect(page.get_by_role("link", name="Limits of Acme")).to_be_focused()
+    page.get_by_role("link", name="Limits of Acme").click()
     page.get_by_label("Unfinished batches").fill("-1")
     page.get_by_role("button", name="Save the limits of Acme").click()
     expect(page.get_by_text("Ensure this value is greater than or equal to 0.")).to_be_visible()
     page.get_by_label("Unfinished batches").fill("7")
     page.get_by_role("button", name="Save the limits of Acme").click()
     expect(page.get_by_text("The limits of Acme are saved.")).to_be_visible()
+    expect(page.get_by_role("cell", name="Unfinished batches: 7")).to_be_visible()
     assert complaints == []
 
 

@@ -33,6 +33,21 @@ def test_a_page_that_does_not_exist_is_no_business_of_the_envelope(db: None) -> 
     assert (response.status_code, response["content-type"]) == (404, "text/html; charset=utf-8")
 
 
+def test_an_address_that_is_no_page_says_so_to_a_browser(owner: Person) -> None:
+    path, headers = "/organization/leave", {"accept": "text/html,*/*;q=0.8"}
+    for client in (owner.browser, Client()):
+        response = client.get(path, headers=headers)
+        assert (response.status_code, response["Allow"]) == (405, "POST")
+        assert "This address is no page" in response.content.decode()
+    assert owner.browser.get(path).content == b"", "to programs"
+    assert Client().get("/healthz", headers=headers).status_code == 200
+
+
+def test_a_browser_gets_the_envelope_of_the_api(db: None) -> None:
+    response = Client().delete("/v1/models", headers={"accept": "text/html"})
+    assert_refused(response, 405, None, "method_not_allowed")
+
+
 @pytest.mark.parametrize(
     "path", ["/v1/files", "/v1/batches", "/v1/batches/batch_x", "/v1/models", "/v1/models/a/b"]
 )

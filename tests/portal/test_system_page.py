@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from batches import standings
 from batches.services.sweep import sweep
 from portal import failures, system
 from portal.models import FailedTask
+from portal.storage_url import Store
 from tests import jobs
 from tests.conftest import Person
 
@@ -161,6 +163,30 @@ def test_no_secret_is_shown_by_its_name_in_a_url_or_as_the_same_value(
     assert value_of("SOCIALACCOUNT_PROVIDERS") == (
         "{'x': {'APPS': [{'secret': '•••', 'name': 'me'}]}}"
     )
+
+
+def test_no_secret_of_a_bucket_is_shown_whatever_it_looks_like(settings: Any) -> None:
+    options = {"access_key": "ab", "secret_key": "minio.batch.pw", "bucket_name": "abacus"}
+    settings.STORE = Store("portal.Backend", options, Path("/spool"))
+    settings.STORAGES = settings.STORAGES | {"default": {"OPTIONS": options}}
+    settings.BASE_URL = "https://minio.batch.pw/?user=ab&token=x.y"
+    shown = dict(system.settings_in_effect())
+    assert not [name for name, said in shown.items() if "minio.batch.pw" in said]
+    assert shown["STORE"].startswith(
+        "{'backend': 'portal.Backend', 'options':"
+        " {'access_key': '•••', 'secret_key': '•••', 'bucket_name': 'abacus'}, 'spool':"
+    )
+    assert shown["BASE_URL"] == "https://•••/?user=•••&token=•••"
+
+
+def test_what_is_only_named_like_a_secret_is_shown(settings: Any) -> None:
+    settings.WEBHOOK_PRIVATE_HOSTS = settings.HANDLER_PRIVATE_HOSTS = ["10.0.0.7:8080"]
+    settings.TRUSTED_ISSUER_PRIVATE_HOSTS = ["kubernetes.internal"]
+    assert value_of("WEBHOOK_PRIVATE_HOSTS") == "['10.0.0.7:8080']"
+    assert value_of("HANDLER_PRIVATE_HOSTS") == "['10.0.0.7:8080']"
+    assert value_of("TRUSTED_ISSUER_PRIVATE_HOSTS") == "['kubernetes.internal']"
+    assert "'reset_password': '10/m/ip,5/h/key'" in value_of("ACCOUNT_RATE_LIMITS")
+    assert system._masked("SIGNING_PRIVATE_KEY", "-----BEGIN") == "•••"
 
 
 def test_others_are_not_let_in(owner: Person) -> None:

@@ -19,7 +19,7 @@ def test_a_moment_is_told_in_utc_and_for_machines() -> None:
     moment = datetime(2026, 3, 7, 1, 2, 3, tzinfo=timezone(timedelta(hours=2)))
     assert rendered("{{ at|time_element }}", at=moment) == (
         '<time datetime="2026-03-06T23:02:03+00:00" title="2026-03-06 23:02:03 UTC">'
-        "6 Mar 2026, 23:02</time>"
+        "6 Mar 2026, 23:02 UTC</time>"
     )
     assert rendered("{{ at|time_element }}", at=None) == ""
 

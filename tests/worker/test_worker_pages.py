@@ -131,6 +131,18 @@ def test_a_worker_is_drained_resumed_and_unloaded(desk: Client) -> None:
     ]
 
 
+def test_before_draining_it_says_what_is_finished(desk: Client, owner: Person) -> None:
+    worker()
+    rest = "and begins nothing more, over restarts too, until it is resumed."
+    assert f"It works on nothing now {rest}" in shown(desk)
+    jobs.running(owner.caller, 1)
+    jobs.lease("gpu0")
+    assert f"It finishes the chunk that it works on now {rest}" in shown(desk)
+    jobs.running(owner.caller, 1)
+    jobs.lease("gpu0")
+    assert f"It finishes the 2 chunks that it works on now {rest}" in shown(desk)
+
+
 def test_one_that_is_alive_is_not_forgotten(desk: Client) -> None:
     it = worker()
     page = desk.post(f"{PAGE}/{it.pk}/forget", follow=True).content.decode()
