@@ -207,7 +207,7 @@ class LeaseLoop:
             self.status.state = self._state_without_work()
             return
         self._loading_for = lease
-        loaded = await self._ensure_loaded(lease.model)
+        loaded = await self._ensure_loaded(lease.model, lease)
         wanted, self._loading_for = self._loading_for is not None, None
         if loaded and wanted and not self._stopping:
             await self._take(lease)
@@ -313,8 +313,10 @@ class LeaseLoop:
         self._works.append(taken)
         self._changed.set()
 
-    async def _ensure_loaded(self, name: str) -> bool:
+    async def _ensure_loaded(self, name: str, lease: Lease | None = None) -> bool:
         async with self.lane.loading(name):
+            if lease != self._loading_for:  # let go while real-time requests came to their end
+                return False
             loaded = await self.host.ensure(name)
         if loaded and self.host.engine is not None:
             self.host.engine.on_report = self._feed

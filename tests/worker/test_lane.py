@@ -14,7 +14,7 @@ from accounts.ids import new_id
 from accounts.services import quotas
 from batches import lane, policy
 from batches.lane import Frame, Kind, Loading, Request
-from batches.services import leases
+from batches.services import batches, leases
 from models_registry.models import Measurement, Model
 from models_registry.services import register_model
 from tests import jobs
@@ -23,7 +23,7 @@ from tests.conftest import Person
 from tests.jobs import wait_for
 from tests.lane import content, error, read, sent, served, valkey, wish, words
 from tests.worker import scripted
-from tests.worker.scripted import Reply, Script, answer, hold, running
+from tests.worker.scripted import Reply, Script, answer, heart_of, hold, running
 from tests.worker.test_loop import suspects, whole
 from worker import lane as workers_lane
 from worker.engines.base import Answer, EngineDied, LoadFailed
@@ -512,6 +512,29 @@ def test_what_is_taken_as_the_model_goes_is_told_at_once(
         assert content(sent("again")) == "again"
     assert booked[call.request.id] is None
     assert script.asked == ["again"]
+
+
+def test_a_chunk_let_go_while_real_time_requests_end_has_nothing_loaded(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "RESCUE_STAY", 0.0)
+    register_model(name="other", source="none", engine="instant")
+    script.reply = except_for("slow")
+    first = jobs.running(owner.caller, 3)
+    with running() as it:
+        whole(first, 3)
+        served()
+        call = sent("slow")
+        wait_for(lambda: script.flying == ["slow"])
+        batch = jobs.running(owner.caller, jobs.lines(3, model="other"))
+        wait_for(lambda: it.loop.lane._ending is workers_lane.SWAPPED)
+        batches.cancel_batch(actor=owner.caller, batch=batch)
+        heart_of(it.loop)._try_beat()
+        wait_for(lambda: it.loop.held() == [])
+        script.reply = answer
+        assert content(call) == "slow"
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+    assert script.loads == ["echo"]
 
 
 def test_a_model_in_use_is_not_swapped_away_for_a_batch_that_can_wait(
