@@ -386,6 +386,7 @@ class Lane:
         self._last_used = time.monotonic()
         used = None if live.is_free else live.used(gpu_seconds)
         if used is not None:
+            self._status.answers += 1
             self._status.tokens += used.input_tokens + used.output_tokens
         self._book(live.request.id, used)
 

@@ -376,6 +376,7 @@ class LeaseLoop:
             line = orjson.loads(request.text)
             answer = await engine.answer(of.lease.endpoint, line["body"])
             self._answered_at = time.monotonic()
+            self.status.answers += 1
             self.status.tokens += answer.usage.input + answer.usage.output
             gpu_seconds = self._clock.share(request.begun) * engine.gpus
             of.record(work.answered(request, line["custom_id"], answer, gpu_seconds))
