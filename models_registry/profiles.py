@@ -38,12 +38,6 @@ class GpuProfile:
     """The compute capability."""
 
     @property
-    def bf16(self) -> bool:
-        """Before Ampere there is none; vLLM then takes float16, or float32 where that overflows
-        (`dtype=auto`, vllm/config/model.py: _resolve_auto_dtype)."""
-        return self.compute >= (8, 0)
-
-    @property
     def fp8(self) -> bool:
         """Tensor cores for FP8 weights, and kernels for an FP8 KV cache."""
         return self.compute >= (8, 9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -25,6 +26,8 @@ from models_registry.signals import model_changed
 DEAREST = Decimal(100_000_000)
 LOADS_KEPT = timedelta(days=30)
 """How long the history of loads goes back."""
+SPEED_SECONDS = 300.0
+"""A model's speed is a mean of about so many busy seconds."""
 _PRICES = ("input_price", "cached_price", "output_price")
 _AUDITED = ("source", "revision", "task", "engine", "base_url", "restricted", *_PRICES)
 _SECRETIVE = re.compile("key|password|secret|token(?!i[sz])", re.IGNORECASE)
@@ -284,22 +287,29 @@ def _learn(name: str, gpu: str, seen: datetime, **found: Any) -> None:
         Measurement.objects.update_or_create(model=model, gpu=gpu, defaults=found)
 
 
-def note_speed(name: str, tokens_per_second: float, gpu: str = "") -> None:
-    """Remember how fast the model was of late; half of the old figure, half of the new one."""
+def note_speed(
+    name: str, tokens_per_second: float, gpu: str = "", *, seconds: float = 60.0
+) -> None:
+    """Remember how fast the model was of late, for so many busy seconds of one worker.
+
+    The figure is a mean in which what was measured t busy seconds ago, of all workers together,
+    counts e^(-t / SPEED_SECONDS) as much as what is measured now.
+    """
+    share = 1 - math.exp(-seconds / SPEED_SECONDS)
     model = Model.objects.filter(name=name)
     for known in model.values_list("tokens_per_second", flat=True):
-        model.update(tokens_per_second=_half_new(known, tokens_per_second))
-    _measured(name, gpu, "tokens_per_second", tokens_per_second)
+        model.update(tokens_per_second=_blended(known, tokens_per_second, share))
+    _measured(name, gpu, "tokens_per_second", tokens_per_second, share)
 
 
-def _measured(name: str, gpu: str, field: str, value: float) -> None:
+def _measured(name: str, gpu: str, field: str, value: float, share: float = 0.5) -> None:
     """Blend a figure into the model's measurement on this kind of GPU; none for a gone model."""
     model = Model.objects.filter(name=name).first()
     if model is not None:
         row, _ = Measurement.objects.get_or_create(model=model, gpu=gpu)
-        setattr(row, field, _half_new(getattr(row, field), value))
+        setattr(row, field, _blended(getattr(row, field), value, share))
         row.save(update_fields=[field, "updated_at"])
 
 
-def _half_new(known: float | None, new: float) -> float:
-    return new if known is None else (known + new) / 2
+def _blended(known: float | None, new: float, share: float) -> float:
+    return new if known is None else known + share * (new - known)

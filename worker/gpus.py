@@ -65,8 +65,7 @@ class Reading:
     slowdown: int | None = None
     """°C from which the hardware slows down."""
     power: float | None = None
-    power_limit: float | None = None
-    """Watts, drawn and permitted."""
+    """Watts."""
     memory_used: int | None = None
     memory_total: int | None = None
     """MiB."""
@@ -238,7 +237,6 @@ def _reading(handle: Any, xids: tuple[int, ...]) -> Reading:
         temperature=temperature,
         slowdown=_slowdown(handle, temperature),
         power=_watts(_ask(pynvml.nvmlDeviceGetPowerUsage, handle)),
-        power_limit=_watts(_ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)),
         memory_used=None if memory is None else memory.used // MIB,
         memory_total=None if memory is None else memory.total // MIB,
         utilization=None if load is None else load.gpu,

@@ -21,6 +21,7 @@ from worker.database import at_most, half_a_lease
 from worker.identity import Identity
 from worker.loop import LeaseLoop
 from worker.models import Health, Worker, WorkerState
+from worker.pace import Look, Pace
 from worker.services import NameTaken
 
 logger = structlog.get_logger(__name__)
@@ -41,9 +42,8 @@ class Heartbeat(threading.Thread):
         self._me = me
         self._end = end
         self._every = min(settings.LEASE_SECONDS / 3, LONGEST_SECONDS)
-        self._tokens = 0
-        self._beat_at = time.monotonic()
-        self._was_running = ""
+        self._seen = self._look()
+        self._pace = Pace(self._seen)
 
     def run(self) -> None:
         while not self._lease_loop.stopped.wait(self._every):
@@ -78,15 +78,30 @@ class Heartbeat(threading.Thread):
                 self._lease_loop.let_go(lease, lost=status is None)
 
     def _speed(self) -> float:
-        """Tokens a second, in and out, since the last beat."""
-        status, now = self._lease_loop.status, time.monotonic()
-        speed = (status.tokens - self._tokens) / max(now - self._beat_at, 0.001)
-        busy = status.fullness >= BUSY_SHARE
-        running = status.loaded if status.state == WorkerState.RUNNING and busy else ""
-        if speed and running and running == self._was_running:
-            registry.note_speed(running, speed, self._lease_loop.host.gpu_kind)
-        self._tokens, self._beat_at, self._was_running = status.tokens, now, running
-        return speed
+        """Tokens a second, in and out, since the last beat; notes what was measured of the model."""
+        last, now = self._seen, self._look()
+        self._seen = now
+        if (found := self._pace.see(now)) is not None:
+            registry.note_speed(
+                found.model,
+                found.tokens_per_second,
+                self._lease_loop.host.gpu_kind,
+                seconds=found.seconds,
+            )
+        return max(0.0, (now.tokens - last.tokens) / max(now.at - last.at, 0.001))
+
+    def _look(self) -> Look:
+        status, engine = self._lease_loop.status, self._lease_loop.host.engine
+        is_busy = status.state == WorkerState.RUNNING and status.fullness >= BUSY_SHARE
+        under_way = None if engine is None else engine.tokens_under_way()
+        return Look(
+            time.monotonic(),
+            status.loaded if is_busy else "",
+            status.tokens + (under_way or 0),
+            status.answers,
+            status.in_flight,
+            under_way is not None,
+        )
 
     def _write_row(self, speed: float) -> None:
         status, guard = self._lease_loop.status, self._lease_loop.guard

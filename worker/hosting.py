@@ -99,6 +99,8 @@ class Host:
         self._status = status
         self._awake: Resident | None = None
         self._sleepers = Sleepers()
+        self._waking: Resident | None = None
+        """No longer among the sleepers, and not awake yet."""
         self._coming = ""
         self._unwanted = False
         self._remembered: list[int] = []
@@ -219,13 +221,16 @@ class Host:
 
     async def _swap_to(self, entry: Entry) -> None:
         self._status.state = WorkerState.LOADING
-        found = await self._sleepers.take(entry.spec)
-        if found is None and self._awake is not None:
-            # What is wrong with the other can mostly be told before this one has to go.
-            await engines.make(entry.spec, self.gpu).check()
-        await self._set_aside()
-        if found is None or not await self._wake(found):
-            found = await self._load(entry)
+        found = self._waking = await self._sleepers.take(entry.spec)
+        try:
+            if found is None and self._awake is not None:
+                # What is wrong with the other can mostly be told before this one has to go.
+                await engines.make(entry.spec, self.gpu).check()
+            await self._set_aside()
+            if found is None or not await self._wake(found):
+                found = await self._load(entry)
+        finally:
+            self._waking = None
         self._awake, self.loaded_at = found, time.monotonic()
         if found.canary.heard:
             self.answered()
@@ -460,8 +465,9 @@ class Host:
         return self.stopping or self._unwanted
 
     async def _remember(self, pids: Sequence[int]) -> None:
-        """Write down these processes, and those of the engines asleep."""
-        now = [*pids, *self._sleepers.pids()]
+        """Write down these processes, and those of the engines asleep or about to be woken."""
+        waking = self._waking.engine.pids() if self._waking is not None else []
+        now = sorted({*pids, *waking, *self._sleepers.pids()})
         if now != self._remembered:
             await asyncio.to_thread(orphans.remember, self.name, now)
             self._remembered = now

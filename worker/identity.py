@@ -37,7 +37,9 @@ def of_this_process(name: str, *, gpu: str | None = None, gpu_kind: str = "") ->
 
 
 def life_of(pid: int) -> str:
-    return f"{_place()}:{pid}:{_started(pid)}"
+    """The life of a process that is here; empty if it has ended, or cannot be seen."""
+    started = _started(pid)
+    return f"{_place()}:{pid}:{started}" if started else ""
 
 
 def has_ended(life: str) -> bool:

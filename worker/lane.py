@@ -61,6 +61,7 @@ CRASHED = lane.error(
     code="engine_crashed",
 )
 FAILED = lane.error(500, "The engine failed on this request.", code="engine_error")
+OUR_FAULT = (STOPPING, SWAPPED, CRASHED, FAILED)
 TOO_LARGE = lane.error(500, f"The answer is larger than {lane.ANSWER_BYTES:,} bytes.")
 
 
@@ -82,6 +83,8 @@ class Live:
     task: asyncio.Task[None] | None = None
     cut_short: Frame | None = None
     """What to say when it is cancelled; None: there is nobody to say it to."""
+    is_free: bool = False
+    """It was broken off here before anything of it was delivered."""
 
     def used(self, gpu_seconds: float) -> quotas.Used:
         """What it used. Where the engine did not say, as many tokens as can be told from outside:
@@ -126,6 +129,8 @@ class Lane:
         self._died = died
         self._live: dict[str, Live] = {}
         self._shut = 0
+        self._ending: Frame | None = None
+        """Why this engine answers nothing new: a swap, or the worker's end, is under way."""
         self._loading: tuple[str, float] | None = None
         self._last_used = float("-inf")
         self._tasks: list[asyncio.Task[None]] = []
@@ -173,12 +178,13 @@ class Lane:
         self._shut += 1
         try:
             if not await self._host.has(model):
+                self._ending = SWAPPED
                 await self.clear(CLEAR_SECONDS, SWAPPED)
             self._loading = model, time.monotonic()
             yield
         finally:
             self._shut -= 1
-            self._loading = None
+            self._loading = self._ending = None
 
     async def clear(self, seconds: float, why: Frame) -> None:
         """Wait until nothing is under way; what takes longer than this is cut short."""
@@ -193,6 +199,7 @@ class Lane:
     async def close(self, seconds: float) -> None:
         """Take nothing more, end what is under way, settle all of it. Idempotent."""
         self._shut += 1
+        self._ending = STOPPING
         await self.clear(seconds, STOPPING)
         tasks, self._tasks = self._tasks, []
         for task in tasks:
@@ -245,8 +252,15 @@ class Lane:
         pipe = self._redis.pipeline()
         pipe.getdel(lane.request_of(id)).exists(lane.reader_of(id))
         text, reader = await _in_time(pipe.execute())
-        if text is not None and reader:  # else nobody waits for it any more
-            self._begin(Request.decoded(text))
+        if text is None or not reader:  # nobody waits for it any more
+            return
+        request = Request.decoded(text)
+        # The model may have gone while Redis answered.
+        is_here = self._host.engine is not None and model == self._status.loaded
+        if self._ending is None and is_here:
+            self._begin(request)
+        else:
+            await self._decline(request, self._ending or SWAPPED)
 
     def _has_room(self) -> bool:
         engine = self._host.engine
@@ -269,7 +283,7 @@ class Lane:
             pipe.set(lane.loading_of(model), said, ex=lane.READY_SECONDS)
         for live in lives:
             if now - live.spoke_at > lane.ALIVE_SECONDS - TICK_SECONDS:
-                _say(pipe, live, lane.ALIVE)
+                _say(pipe, live.request, lane.ALIVE)
                 live.spoke_at = now
         asked, *rest = await _in_time(pipe.execute())
         self.asked = {model.decode(): at for model, at in asked}
@@ -289,6 +303,13 @@ class Lane:
         self._last_used = time.monotonic()
         live.task = asyncio.create_task(self._serve(live))
         live.task.add_done_callback(partial(self._landed, live))
+
+    async def _decline(self, request: Request, why: Frame) -> None:
+        """Answer what was taken and cannot be run."""
+        self._book(request.id, None)
+        pipe = self._redis.pipeline(transaction=False)
+        _say(pipe, request, why)
+        await _in_time(pipe.execute())
 
     def _cut(self, live: Live, why: Frame | None) -> None:
         if live.task is not None and not live.task.cancelling():
@@ -319,9 +340,11 @@ class Lane:
             # Without the error's own words: they may repeat the tenant's.
             logger.error("engine error", request_id=live.request.id, kind=type(error).__name__)
             last = FAILED
+        live.is_free = last in OUR_FAULT and not live.chunks
         if last is not None:
             with suppress(ReaderGone, RedisError, OSError):
-                await self._push(live, last)
+                # Nothing comes after it that could be too much, and a swap or a stop waits for it.
+                await self._push(live, last, waits=False)
 
     async def _answer(self, live: Live) -> Frame:
         """Push what comes; returns the last frame."""
@@ -339,15 +362,15 @@ class Lane:
                     await self._push(live, Frame(Kind.CHUNK, chunk.data))
         return lane.END
 
-    async def _push(self, live: Live, frame: Frame) -> None:
-        """Hand the frame to the reader, waiting for one that is far behind."""
+    async def _push(self, live: Live, frame: Frame, *, waits: bool = True) -> None:
+        """Hand the frame to the reader, waiting (if so told) for one that is far behind."""
         id = live.request.id
         pipe = self._redis.pipeline(transaction=False)
         pipe.exists(lane.reader_of(id))
-        _say(pipe, live, frame)
+        _say(pipe, live.request, frame)
         reader, unread, _ = await _in_time(pipe.execute())
         live.spoke_at = time.monotonic()
-        while reader and unread > lane.FRAMES_AT_MOST:
+        while waits and reader and unread > lane.FRAMES_AT_MOST:
             await asyncio.sleep(PAUSE_SECONDS)
             pipe.exists(lane.reader_of(id)).llen(lane.reply_of(id))
             reader, unread = await _in_time(pipe.execute())
@@ -361,13 +384,19 @@ class Lane:
         del self._live[live.request.id]
         self._status.in_flight -= 1
         self._last_used = time.monotonic()
-        used = live.used(gpu_seconds)
-        self._status.tokens += used.input_tokens + used.output_tokens
-        settling = asyncio.create_task(self._settle(live.request.id, used))
+        used = None if live.is_free else live.used(gpu_seconds)
+        if used is not None:
+            self._status.answers += 1
+            self._status.tokens += used.input_tokens + used.output_tokens
+        self._book(live.request.id, used)
+
+    def _book(self, id: str, used: quotas.Used | None) -> None:
+        """Settle the request with what it used; None: it costs nothing."""
+        settling = asyncio.create_task(self._settle(id, used))
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
 
-    async def _settle(self, id: str, used: quotas.Used) -> None:
+    async def _settle(self, id: str, used: quotas.Used | None) -> None:
         try:
             await self._database.run(quotas.settle, id, used)
         except Exception:
@@ -383,8 +412,8 @@ async def _in_time(command: Awaitable[Any]) -> Any:
         raise RedisTimeoutError("no answer") from None
 
 
-def _say(pipe: Any, live: Live, frame: Frame) -> None:
+def _say(pipe: Any, request: Request, frame: Frame) -> None:
     """A frame at the end of the reply, which outlives the request by a minute at most."""
-    reply = lane.reply_of(live.request.id)
+    reply = lane.reply_of(request.id)
     pipe.rpush(reply, frame.encoded())
-    pipe.expire(reply, int(live.request.seconds) + 60)
+    pipe.expire(reply, int(request.seconds) + 60)

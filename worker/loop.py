@@ -241,7 +241,7 @@ class LeaseLoop:
             self.status.state = self._state_without_work()
             return
         self._loading_for = lease
-        loaded = await self._ensure_loaded(lease.model)
+        loaded = await self._ensure_loaded(lease.model, lease)
         wanted, self._loading_for = self._loading_for is not None, None
         if loaded and wanted and not self._stopping:
             self._take(lease)
@@ -360,8 +360,10 @@ class LeaseLoop:
         finally:
             self._changed.set()
 
-    async def _ensure_loaded(self, name: str) -> bool:
+    async def _ensure_loaded(self, name: str, lease: Lease | None = None) -> bool:
         async with self.lane.loading(name):
+            if lease != self._loading_for:  # let go while real-time requests came to their end
+                return False
             # A load may never end on a GPU that was found sick meanwhile, and is not begun there.
             loaded = not self.guard.verdict.gives_back and await self.host.ensure(name)
         if loaded and self.host.engine is not None:
@@ -428,6 +430,7 @@ class LeaseLoop:
             answer = await engine.answer(of.lease.endpoint, line["body"])
             self._answered_at = time.monotonic()
             self.host.answered()
+            self.status.answers += 1
             self.status.tokens += answer.usage.input + answer.usage.output
             gpu_seconds = self._clock.share(request.begun) * engine.gpus
             of.record(work.answered(request, line["custom_id"], answer, gpu_seconds))

@@ -1,6 +1,7 @@
 """Engine processes that a killed worker left behind: remembered at load, ended at the next start.
 
-Known by pid and start time, never by name: another worker's healthy engine may share the host.
+Known by their lives (`worker/identity.py`), never by name: another worker's healthy engine may
+share the host.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import orjson
 import psutil
 import structlog
 from django.conf import settings
+
+from worker.identity import life_of
 
 logger = structlog.get_logger(__name__)
 _WAIT_SECONDS = 10
@@ -40,7 +43,7 @@ def remember(worker: str, pids: Sequence[int]) -> None:
     """Write down the processes of the engines that this worker has, awake, asleep or loading."""
     path = _ledger(worker)
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = [{"pid": pid, "started": started} for pid in pids if (started := _started(pid))]
+    known = [{"pid": pid, "started": life} for pid in pids if (life := life_of(pid))]
     fresh = path.with_suffix(".new")
     fresh.write_bytes(orjson.dumps(known))
     fresh.rename(path)
@@ -52,10 +55,9 @@ def end_left_over(worker: str) -> int:
         known = orjson.loads(_ledger(worker).read_bytes())
     except (FileNotFoundError, orjson.JSONDecodeError):
         return 0
-    left = [
-        psutil.Process(each["pid"]) for each in known if _started(each["pid"]) == each["started"]
-    ]
-    _end(left)
+    # An older version wrote a time here, which is like no life: what it left is left alone.
+    left = [each["pid"] for each in known if life_of(each["pid"]) == each["started"]]
+    end(left)
     remember(worker, [])
     return len(left)
 
@@ -66,22 +68,11 @@ def end(pids: Sequence[int]) -> None:
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
             found.append(psutil.Process(pid))
-    _end(found)
-
-
-def _end(processes: Sequence[psutil.Process]) -> None:
-    for process in processes:
+    for process in found:
         logger.warning("ending an engine's process", pid=process.pid)
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes, timeout=_WAIT_SECONDS)
-
-
-def _started(pid: int) -> float | None:
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return None
+    psutil.wait_procs(found, timeout=_WAIT_SECONDS)
 
 
 def _ledger(worker: str) -> Path:

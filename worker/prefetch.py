@@ -32,8 +32,6 @@ class Prefetch:
     """Beside the lease loop, on its thread and asyncio loop; ends when it is closed."""
 
     def __init__(self, host: Host, upcoming: Callable[[], Awaitable[str]]) -> None:
-        self.ready = ""
-        """The model whose weights were brought here last."""
         self._host = host
         self._upcoming = upcoming
         self._tried: tuple[float, ModelSpec] | None = None
@@ -106,5 +104,4 @@ class Prefetch:
         if "error" in found:
             logger.warning("next model's weights not here", model=name, error=found["error"])
         else:
-            self.ready = name if found["bytes"] else self.ready
             logger.info("next model's weights read", model=name, bytes=found["bytes"])

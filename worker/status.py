@@ -14,7 +14,9 @@ class Status:
     in_flight: int = 0
     fullness: float = 0.0
     """How much of the engine is in use, from 0 to 1."""
+    answers: int = 0
     tokens: int = 0
+    """In and out, of all answers."""
     loads: int = 0
     error: str = ""
     asleep: list[str] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -211,14 +212,27 @@ def test_a_model_is_given_another_chance() -> None:
         services.retry_model(name="gone")
 
 
-def test_the_speed_is_half_old_and_half_new() -> None:
+def test_a_speed_counts_by_the_seconds_for_which_it_was_measured() -> None:
+    """So it is a mean of the last five minutes, whichever and however many workers they are of."""
     register_model(name="m", source="none", engine="instant")
     speeds = []
-    for speed in (100.0, 300.0, 0.5):
-        services.note_speed("m", speed)
+    for speed, seconds in ((100.0, 10.0), (300.0, 300 * math.log(2)), (600.0, 300 * math.log(4))):
+        services.note_speed("m", speed, seconds=seconds)
         speeds.append(Model.objects.get().tokens_per_second)
-    assert speeds == [100.0, 200.0, 100.25]
+    assert speeds == pytest.approx([100.0, 200.0, 500.0])
+    assert Measurement.objects.get().tokens_per_second == pytest.approx(500.0)
     services.note_speed("gone", 1.0)
+
+
+def test_many_short_measurements_weigh_as_much_as_a_long_one() -> None:
+    for name in "ab":
+        register_model(name=name, source="none", engine="instant")
+        services.note_speed(name, 100.0)
+    services.note_speed("a", 300.0, seconds=60)
+    for _ in range(6):
+        services.note_speed("b", 300.0, seconds=10)
+    a, b = Model.objects.order_by("name").values_list("tokens_per_second", flat=True)
+    assert a == pytest.approx(b) == pytest.approx(136.25, rel=1e-3)
 
 
 def test_a_changed_entry_keeps_its_speed() -> None:

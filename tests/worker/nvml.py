@@ -35,7 +35,6 @@ class Card:
     margin: int | None = None
     slowdown_margin: int | None = None
     milliwatts: int | None = 25_000
-    milliwatts_limit: int | None = 350_000
     memory_total: int | None = 24_576
     memory_reserved: int = 316
     memory_used: int = 3
@@ -158,9 +157,6 @@ class FakeDriver:
 
     def _nvmlDeviceGetPowerUsage(self, card: Card, found: Any) -> int:
         return _put(found, card.milliwatts)
-
-    def _nvmlDeviceGetEnforcedPowerLimit(self, card: Card, found: Any) -> int:
-        return _put(found, card.milliwatts_limit)
 
     def _nvmlDeviceGetMemoryInfo(self, card: Card, found: Any) -> int:
         return self._memory(card, found, card.memory_used + card.memory_reserved)

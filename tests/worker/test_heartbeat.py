@@ -20,6 +20,7 @@ from tests.jobs import wait_for
 from worker import heartbeat as heartbeats
 from worker import services
 from worker.heartbeat import Heartbeat
+from worker.hosting import Host
 from worker.identity import Identity
 from worker.loop import LeaseLoop
 from worker.models import Worker, WorkerState
@@ -212,24 +213,55 @@ def test_the_models_speed_is_noted_while_it_runs(
     loop.status.state, loop.status.loaded = WorkerState.RUNNING, "echo"
     loop.status.fullness = 0.5
     speeds = []
-    for tokens in (1_000, 3_000, 3_000):
+    for tokens in [0] * 20 + [48_000] * 11:  # all answers come at once
         now += 2
-        loop.status.tokens = tokens
+        loop.status.tokens, loop.status.answers = tokens, bool(tokens)
         beating._beat()
         echo.refresh_from_db()
         speeds.append((Worker.objects.get().tokens_per_second, echo.tokens_per_second))
-    assert speeds == [(500, None), (1_000, 1_000), (0, 1_000)]
+    assert speeds == [(0, None)] * 20 + [(24_000, None)] + [(0, None)] * 9 + [(0, 800)]
+
+
+def test_what_the_engine_has_done_of_requests_in_flight_counts(
+    loop: Loop, echo: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, engine = 100.0, Engine()
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: now)
+    monkeypatch.setattr(Host, "engine", engine)
+    beating = heart(loop)
+    loop.status.state, loop.status.loaded = WorkerState.RUNNING, "echo"
+    loop.status.fullness = 0.5
+    beating._beat()
+    for _ in range(20):
+        now += 3
+        engine.tokens += 2_400
+        beating._beat()
+        assert Worker.objects.get().tokens_per_second == 800
+    echo.refresh_from_db()
+    assert echo.tokens_per_second == 800
+
+
+class Engine:
+    """One that tells what it has done of the requests in flight."""
+
+    tokens = 0
+
+    def tokens_under_way(self) -> int:
+        return self.tokens
 
 
 @pytest.mark.parametrize(("state", "fullness"), [("idle", 0), ("running", 0), ("running", 0.4)])
 def test_a_worker_that_is_not_busy_measures_nothing(
-    loop: Loop, echo: Model, state: str, fullness: float
+    loop: Loop, echo: Model, monkeypatch: pytest.MonkeyPatch, state: str, fullness: float
 ) -> None:
+    now = 100.0
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: now)
     beating = heart(loop)
     loop.status.state, loop.status.loaded = state, "echo"
     loop.status.fullness = fullness
-    for tokens in (5, 10):
-        loop.status.tokens = tokens
+    for _ in range(40):
+        now += 3
+        loop.status.tokens, loop.status.answers = loop.status.tokens + 5, loop.status.answers + 1
         beating._beat()
     echo.refresh_from_db()
     assert echo.tokens_per_second is None

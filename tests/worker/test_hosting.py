@@ -26,7 +26,7 @@ from tests.worker import scripted
 from tests.worker.conftest import Loop
 from tests.worker.scripted import Gpu, Script, text
 from tests.worker.test_ladder import CACHE, SAMPLER, WEIGHTS, taken
-from worker import hosting, memory
+from worker import hosting, memory, orphans
 from worker.engines.base import Answer, LoadFailed, ModelSpec
 from worker.hosting import Host
 from worker.memory import Memory
@@ -565,6 +565,22 @@ def test_the_processes_of_all_engines_are_remembered(
         for process in started.values():
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_one_that_is_about_to_be_woken_is_remembered_while_the_other_goes(
+    host: Running, script: Script, monkeypatch: pytest.MonkeyPatch, sleeps: bool
+) -> None:
+    """A worker that is killed in between leaves no engine that nobody knows of."""
+    script.pids = {"a": [1001], "b": [1002]}
+    script.sleep_error = lambda spec: None if sleeps or spec.name == "a" else LoadFailed("cannot")
+    written: list[list[int]] = []
+    monkeypatch.setattr(orphans, "remember", lambda worker, pids: written.append(list(pids)))
+    assert host.use("a", "b")
+    written.clear()
+    assert host.use("a")
+    assert [each for each in written if 1001 not in each] == []
+    assert (written == []) is sleeps  # both are remembered all the while
 
 
 def _process() -> subprocess.Popen[bytes]:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from accounts.ids import new_id
+from accounts.services import quotas
 from batches import lane, policy
 from batches.lane import Frame, Kind, Loading, Request
-from batches.services import leases
+from batches.services import batches, leases
 from models_registry.models import Measurement, Model
 from models_registry.services import register_model
 from tests import jobs
@@ -22,7 +23,7 @@ from tests.conftest import Person
 from tests.jobs import wait_for
 from tests.lane import content, error, read, sent, served, valkey, wish, words
 from tests.worker import scripted
-from tests.worker.scripted import Reply, Script, answer, hold, running
+from tests.worker.scripted import Reply, Script, answer, heart_of, hold, running
 from tests.worker.test_loop import suspects, whole
 from worker import lane as workers_lane
 from worker.engines.base import Answer, EngineAway, EngineDied, LoadFailed
@@ -231,6 +232,22 @@ def test_a_worker_waits_for_a_reader_that_is_behind(
         assert words(call) == said.split()
 
 
+def test_the_last_frame_waits_for_no_reader(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has stopped reading holds up neither a swap nor a stop."""
+    monkeypatch.setattr(lane, "FRAMES_AT_MOST", 3)
+    wish("echo")
+    with running() as it, valkey() as server:
+        served()
+        call = sent(" ".join(f"w{at}" for at in range(40)), stream=True)
+        wait_for(lambda: server.llen(lane.reply_of(call.request.id)) > 3)
+        it.loop.stop()
+        it.thread.join(lane.SILENCE_SECONDS / 2)
+        assert not it.thread.is_alive()
+        assert error(call) == (503, "worker_stopped")
+
+
 def test_nothing_stays_in_redis(script: Script) -> None:
     wish("echo")
     with running(), valkey() as server:
@@ -239,6 +256,70 @@ def test_nothing_stays_in_redis(script: Script) -> None:
         words(sent("one two", stream=True))
         of_requests = ("request", "reader", "reply", "queue")
         assert [key for each in of_requests for key in server.scan_iter(f"lane:{each}:*")] == []
+
+
+# --- What it costs --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def booked(monkeypatch: pytest.MonkeyPatch) -> dict[str, quotas.Used | None]:
+    """By request, what was settled as used; None: nothing."""
+    found: dict[str, quotas.Used | None] = {}
+    monkeypatch.setattr(quotas, "settle", lambda id, used=None: found.update({id: used}))
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", [KeyError("a bug"), EngineDied("")])
+def test_what_fails_here_before_it_began_to_answer_costs_nothing(
+    script: Script, booked: dict[str, Any], fault: Exception, stream: bool
+) -> None:
+    script.reply = lambda said: fault if len(script.loads) == 1 else answer(said)
+    wish("echo")
+    with running() as it:
+        served()
+        call = sent("hello", stream=stream)
+        assert error(call)[0] == 500
+        wait_for(lambda: booked)
+        assert it.loop.status.tokens == 0
+    assert booked == {call.request.id: None}
+
+
+def test_what_a_stop_breaks_off_costs_nothing_unless_some_of_it_was_had(
+    script: Script, booked: dict[str, Any]
+) -> None:
+    streamed: list[str] = []
+
+    def one_word(said: str) -> Reply:
+        if said == "slow" or streamed:
+            return None
+        streamed.append(said)
+        return answer(said)
+
+    script.reply = one_word
+    wish("echo")
+    with running() as it:
+        served()
+        slow, begun = sent("slow"), sent("one two", stream=True)
+        wait_for(lambda: len(script.flying) == 2 and streamed)
+        it.loop.stop()
+        assert [error(call) for call in (slow, begun)] == [(503, "worker_stopped")] * 2
+    assert booked[slow.request.id] is None
+    used = booked[begun.request.id]
+    assert (used.requests, used.input_tokens, used.output_tokens) == (1, 1, 1)
+
+
+def test_what_the_caller_ends_is_paid_for(script: Script, booked: dict[str, Any]) -> None:
+    script.reply = hold
+    wish("echo")
+    with running():
+        served()
+        gone, late = sent("hello"), sent("hello", seconds=0.2)
+        wait_for(lambda: script.flying)
+        assert error(late) == (504, "timeout")
+        gone.close()
+        wait_for(lambda: len(booked) == 2)
+    assert [used.requests for used in booked.values()] == [1, 1]
 
 
 # --- Beside batches -------------------------------------------------------------------------
@@ -418,6 +499,57 @@ def test_a_swap_waits_for_what_is_under_way_then_cuts_it_short(
         whole(batch, 3)
     # Idle again, it may load echo anew for those who asked for it.
     assert (script.loads[:2], script.cancelled) == (["echo", "other"], ["slow"])
+
+
+@pytest.mark.parametrize("has_gone", [False, True])
+def test_what_is_taken_as_the_model_goes_is_told_at_once(
+    script: Script, booked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, has_gone: bool
+) -> None:
+    decoded = Request.decoded
+    wish("echo")
+    with running() as it:
+        served()
+
+        def swap_begins(text: bytes) -> Request:
+            """Between the two answers of Redis, on the loop's thread."""
+            if has_gone:
+                it.loop.host._awake, it.loop.status.loaded = None, ""
+            else:
+                it.loop.lane._ending = workers_lane.SWAPPED
+            return decoded(text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Request, "decoded", swap_begins)
+            call = sent("hello")
+            assert error(call) == (503, "model_unloaded")
+        it.loop.lane._ending = None
+        served()
+        assert content(sent("again")) == "again"
+    assert booked[call.request.id] is None
+    assert script.asked == ["again"]
+
+
+def test_a_chunk_let_go_while_real_time_requests_end_has_nothing_loaded(
+    owner: Person, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "RESCUE_STAY", 0.0)
+    register_model(name="other", source="none", engine="instant")
+    script.reply = except_for("slow")
+    first = jobs.running(owner.caller, 3)
+    with running() as it:
+        whole(first, 3)
+        served()
+        call = sent("slow")
+        wait_for(lambda: script.flying == ["slow"])
+        batch = jobs.running(owner.caller, jobs.lines(3, model="other"))
+        wait_for(lambda: it.loop.lane._ending is workers_lane.SWAPPED)
+        batches.cancel_batch(actor=owner.caller, batch=batch)
+        heart_of(it.loop)._try_beat()
+        wait_for(lambda: it.loop.held() == [])
+        script.reply = answer
+        assert content(call) == "slow"
+        wait_for(lambda: jobs.states(batch) == [("ready", 0)])
+    assert script.loads == ["echo"]
 
 
 def test_a_model_in_use_is_not_swapped_away_for_a_batch_that_can_wait(

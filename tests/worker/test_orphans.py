@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from worker import orphans
+from worker.identity import life_of
 
 Start = Callable[[], "subprocess.Popen[bytes]"]
 
@@ -56,10 +57,24 @@ def test_another_workers_engine_is_left_alone(ledger: Path, start: Start) -> Non
     assert theirs.poll() is None
 
 
-def test_a_pid_that_is_used_anew_is_left_alone(ledger: Path, start: Start) -> None:
+def test_what_was_left_is_known_again_after_somebody_set_the_clock(
+    ledger: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = start()
+    orphans.remember("gpu0", [left.pid])
+    then = psutil.Process(left.pid).create_time()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: then + 30)
+    assert orphans.end_left_over("gpu0") == 1
+    assert not psutil.pid_exists(left.pid)
+
+
+@pytest.mark.parametrize("of_old", [False, True])
+def test_a_pid_that_is_used_anew_is_left_alone(ledger: Path, start: Start, of_old: bool) -> None:
+    """Nor does what an older version wrote, a time, end anything."""
     innocent = start()
     ledger.parent.mkdir()
-    started = psutil.Process(innocent.pid).create_time() - 60
+    place, _, _ = life_of(innocent.pid).rpartition(":")
+    started = psutil.Process(innocent.pid).create_time() if of_old else f"{place}:17"
     ledger.write_bytes(orjson.dumps([{"pid": innocent.pid, "started": started}]))
     assert orphans.end_left_over("gpu0") == 0
     assert innocent.poll() is None

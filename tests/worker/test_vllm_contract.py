@@ -579,6 +579,34 @@ def test_many_at_once_are_all_answered_and_the_engine_tells_how_it_gets_on(host:
     assert (engine._engine.log_stats, engine._engine.output_processor.log_stats) == (False, False)
 
 
+@pytest.mark.parametrize("several", [{}, {"n": 3}])
+def test_the_engine_tells_what_it_has_done_of_what_is_under_way(
+    host: Host, several: dict[str, int]
+) -> None:
+    engine = host.use("tiny-chat-a")
+    body = {"model": "tiny-chat-a", "messages": HELLO, "max_tokens": 300, "ignore_eos": True}
+
+    async def watched() -> tuple[Answer, list[int | None]]:
+        told = [engine.tokens_under_way()]
+        task = asyncio.create_task(engine.answer(CHAT, body | several))
+        while not task.done():
+            told.append(await asyncio.to_thread(engine.tokens_under_way))
+            await asyncio.sleep(0.002)
+        return task.result(), told
+
+    answer, told = host.loop.run(watched())
+    known = [each or 0 for each in told if each is not None]
+    assert len(known) == len(told)
+    assert (known[0], engine.tokens_under_way()) == (0, 0)
+    begun = [each for each in known if each]
+    assert answer.usage.input < begun[0] < begun[len(begun) // 2]
+    assert answer.usage.output / 2 < max(known) <= answer.usage.input + answer.usage.output
+
+
+def test_an_unloaded_engine_tells_of_nothing_under_way() -> None:
+    assert VllmEngine(ModelSpec("m", "m")).tokens_under_way() is None
+
+
 def test_cancelling_an_answer_aborts_it_in_the_engine(host: Host) -> None:
     engine = host.use("tiny-chat-a")
     body = {"model": "tiny-chat-a", "messages": HELLO, "max_tokens": 1900, "ignore_eos": True}

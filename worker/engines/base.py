@@ -177,6 +177,13 @@ class Engine(Protocol):
 
     async def unload(self) -> None: ...
 
+    def tokens_under_way(self) -> int | None:
+        """Tokens, in and out, that it has done of what is in flight; None if it does not tell.
+
+        From any thread.
+        """
+        return None
+
     def gone(self) -> bool:
         """Whether an engine that was loaded has died since."""
         return False
