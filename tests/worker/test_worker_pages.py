@@ -152,7 +152,7 @@ def test_one_that_is_alive_is_not_forgotten(desk: Client) -> None:
 
 def test_it_asks_again_also_when_there_is_none(desk: Client) -> None:
     said = desk.get(PAGE).content.decode()
-    assert "No worker has been heard of yet" in said
+    assert "No worker is running" in said
     assert 'hx-trigger="every 3s, portal:seen from:body"' in said
 
 
