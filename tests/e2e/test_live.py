@@ -104,7 +104,7 @@ def test_a_form_that_takes_long_says_so_and_is_sent_once(
             route.continue_()
 
     page.route("**/organization/projects*", hold)
-    page.get_by_label("Name").fill("Nightly")
+    page.get_by_role("textbox", name="Name").fill("Nightly")
     said = page.evaluate(  # Playwright's own clicks wait for where they lead
         """async () => {
             const button = document.querySelector("main form[method=post] button");
@@ -134,7 +134,7 @@ def test_a_form_whose_sending_was_stopped_can_be_sent_again(
         "**/organization/projects*",
         lambda route: sent.append(route) if route.request.method == "POST" else route.continue_(),
     )
-    page.get_by_label("Name").fill("Nightly")
+    page.get_by_role("textbox", name="Name").fill("Nightly")
     press = "document.querySelector('main form[method=post] button').click()"
     page.evaluate(f"{press}; window.stop()")  # as Esc does
     page.wait_for_timeout(1000)
