@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ARGUMENTS = [
     "--headless",
@@ -20,6 +20,8 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 Visit = Callable[..., Page]
+
+expect.set_options(timeout=20_000)  # for machines of two busy cores; 5 seconds are not enough there
 
 
 @pytest.fixture(scope="module")
