@@ -96,10 +96,7 @@ def allowances_of(
     with scopes_disabled():
         quota = quota_of(organization, user, api_key)
         whole = quota_of(organization) if user or api_key else None
-        used: dict[str, Amount | None] = {
-            field: amount
-            for field, _, amount in consumption.quota_status(organization, user, api_key)
-        }
+        used: dict[str, Amount | None] = {**consumption.used_of(quota)}
     used |= {field: throttling.counted(quota, field) for field in LIMITS if LIMITS[field].is_rate}
     return [_allowance(quota, whole, field, _known(field, used)) for field in LIMITS]
 

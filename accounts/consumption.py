@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 
-from django.db.models import Count, F, Max, Q, Sum
+from django.db.models import Count, F, Q, Sum
 from django.db.models.functions import Coalesce
 from django.utils import timezone
 from django_scopes import scopes_disabled
@@ -51,28 +51,36 @@ def quotas_of(organization: Organization, user: User | None, api_key: ApiKey | N
     return list(Quota.objects.filter(subject, organization=organization))
 
 
-def use_of(quota: Quota, *, model: str = "") -> dict[str, Amount]:
+def use_of(quota: Quota, *, model: str | None = None) -> dict[str, Amount]:
     """How much of each limit its subject uses now, but for storage, in two queries.
 
-    Enqueued tokens are those of `model`. `requests_per_batch` limits each batch by itself: 0.
-    To be called with scopes disabled, as the rest of this module.
+    Enqueued tokens are those of `model`; without one, of the model that has most of them.
+    `requests_per_batch` limits each batch by itself: 0. To be called with scopes disabled, as the
+    rest of this module.
     """
     mine = _subject(quota)
-    reserved = Reservation.objects.filter(mine).aggregate(
-        batches=Count("pk", filter=~REAL_TIME),
-        held=Coalesce(Sum("tokens"), 0),
-        money=Coalesce(Sum("cost"), Decimal(0)),
-        enqueued=Coalesce(Sum("tokens", filter=Q(model=model) & ~REAL_TIME), 0),
+    by_model = (
+        Reservation.objects.filter(mine)
+        .values("model")
+        .annotate(
+            batches=Count("pk", filter=~REAL_TIME),
+            held=Sum("tokens"),
+            money=Sum("cost"),
+            enqueued=Coalesce(Sum("tokens", filter=~REAL_TIME), 0),
+        )
     )
+    enqueued = {row["model"]: row["enqueued"] for row in by_model}
     month = UsageRecord.objects.filter(mine, day__gte=month_start()).aggregate(
         tokens=Coalesce(Sum(F("input_tokens") + F("output_tokens")), 0),
         money=Coalesce(Sum("cost"), Decimal(0)),
     )
     return {
-        "tokens_per_month": month["tokens"] + reserved["held"],
-        "budget_per_month": month["money"] + reserved["money"],
-        "enqueued_tokens": reserved["enqueued"],
-        "concurrent_batches": reserved["batches"],
+        "tokens_per_month": month["tokens"] + sum(row["held"] for row in by_model),
+        "budget_per_month": month["money"] + sum(row["money"] for row in by_model),
+        "enqueued_tokens": max(enqueued.values(), default=0)
+        if model is None
+        else enqueued.get(model, 0),
+        "concurrent_batches": sum(row["batches"] for row in by_model),
         "requests_per_batch": 0,
     }
 
@@ -91,19 +99,10 @@ def bytes_of(quota: Quota) -> int:
     return _storage_meter(quota.organization, quota.user, quota.api_key)
 
 
-def quota_status(
-    organization: Organization, user: User | None = None, api_key: ApiKey | None = None
-) -> list[tuple[str, Amount | None, Amount]]:
-    """Each of `QUOTAS` for one subject: (field, limit or None, how much is used)."""
+def used_of(quota: Quota) -> dict[str, Amount]:
+    """How much of each of `QUOTAS` its subject uses now, storage included."""
     with scopes_disabled():
-        quota = Quota.objects.filter(
-            organization=organization, user=user, api_key=api_key
-        ).first() or Quota(organization=organization, user=user, api_key=api_key)
-        use = use_of(quota) | {
-            "storage_bytes": bytes_of(quota),
-            "enqueued_tokens": _most_enqueued(quota),
-        }
-        return [(field, getattr(quota, field), use[field]) for field in QUOTAS]
+        return use_of(quota) | {"storage_bytes": bytes_of(quota)}
 
 
 def month_start() -> date:
@@ -117,10 +116,3 @@ def _subject(quota: Quota) -> Q:
     if quota.user_id:
         return Q(organization=quota.organization_id, user=quota.user_id)
     return Q(organization=quota.organization_id)
-
-
-def _most_enqueued(quota: Quota) -> int:
-    """Of the model that has most of them."""
-    by_model = Reservation.objects.filter(_subject(quota)).exclude(REAL_TIME).values("model")
-    sums = by_model.annotate(tokens_of_it=Sum("tokens"))
-    return sums.aggregate(most=Max("tokens_of_it"))["most"] or 0

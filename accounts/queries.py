@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
 from hmac import compare_digest
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django.db.models import Count, F, OuterRef, Prefetch, Q, QuerySet, Subquery, Sum
 from django.db.models.functions import Coalesce, Now
@@ -302,14 +303,13 @@ def usage(
     One query whatever there is; in the order of the groups, as `by` (at least one) names them.
     """
     fields = {name: path for group in by for name, path in GROUPS[group].items()}
-    sums = {f"sum_{name}": Sum(name) for name in SUMS}
+    names, sums = (*fields, *SUMS), {f"sum_{name}": Sum(name) for name in SUMS}
     with scopes_disabled():
         mine = UsageRecord.objects.filter(organization=organization, day__range=(since, until))
-        rows = mine.filter(**lookup).values(*fields.values()).annotate(**sums)
-        rows = rows.order_by(*fields.values())
+        groups = mine.filter(**lookup).values(*fields.values()).annotate(**sums)
+        rows = groups.order_by(*fields.values()).values_list(*fields.values(), *sums)
     for row in rows.iterator(chunk_size=1000):
-        groups = {name: row[path] for name, path in fields.items()}
-        yield Used(**groups, **{name: row[f"sum_{name}"] for name in SUMS})
+        yield Used(**dict(zip(names, row, strict=True)))
 
 
 def usage_by_whom(organization: Organization, since: date, until: date) -> list[Used]:
@@ -338,17 +338,30 @@ def usage_by_whom(organization: Organization, since: date, until: date) -> list[
     ]
 
 
-def hourly_use(organization: Organization, since: datetime) -> list[HourlyUse]:
+class Hour(NamedTuple):
+    """What was answered in it; tokens in and out."""
+
+    hour: datetime
+    requests: int
+    input_tokens: int
+    output_tokens: int
+
+
+def hourly_use(organization: Organization, since: datetime) -> list[Hour]:
     """By when answers came, oldest first; hours without any are left out."""
     with scopes_disabled():
         mine = HourlyUse.objects.filter(organization=organization, hour__gte=since)
-        return list(mine.order_by("hour"))
+        return [Hour(*row) for row in mine.order_by("hour").values_list(*Hour._fields)]
 
 
-def total(rows: Sequence[Used]) -> Used:
+_sums = attrgetter(*SUMS)
+
+
+def total(rows: Iterable[Used]) -> Used:
     """All of them together."""
-    sums = {name: sum(getattr(row, name) for row in rows) for name in SUMS}
-    return Used(**sums | {"cost": Decimal(sums["cost"])})
+    columns = zip(*map(_sums, [Used(), *rows]), strict=True)
+    sums: dict[str, Any] = dict(zip(SUMS, map(sum, columns), strict=True))
+    return Used(**sums)
 
 
 def first_day_of_usage(organization: Organization) -> date | None:
@@ -384,17 +397,18 @@ def ranking(since: date, until: date, by: str, *, most: int) -> list[Ranked]:
     """The organizations that used most from `since` to `until`, both included (UTC)."""
     with scopes_disabled():
         rows = UsageRecord.objects.filter(day__range=(since, until))
-        every = rows.aggregate(
-            tokens=Sum(F("input_tokens") + F("output_tokens")),
-            cost=Sum("cost"),
-            gpu_seconds=Sum("gpu_seconds"),
-        )
+        sums = {
+            "tokens": Sum(F("input_tokens") + F("output_tokens")),
+            "cost": Sum("cost"),
+            "gpu_seconds": Sum("gpu_seconds"),
+        }
+        whole = float(rows.aggregate(whole=sums[RANKS[by]])["whole"] or 0)
         # By id alone: grouped by names as well, PostgreSQL would sort every record by them first.
         its: QuerySet[Any, Any] = rows.values("organization_id").annotate(
             all_requests=Sum("requests"),
-            tokens=Sum(F("input_tokens") + F("output_tokens")),
-            all_seconds=Sum("gpu_seconds"),
-            all_cost=Sum("cost"),
+            tokens=sums["tokens"],
+            all_seconds=sums["gpu_seconds"],
+            all_cost=sums["cost"],
         )
         order = {"tokens": "-tokens", "cost": "-all_cost", "gpu": "-all_seconds"}[by]
         numbers = ("all_requests", "tokens", "all_seconds", "all_cost")
@@ -403,7 +417,6 @@ def ranking(since: date, until: date, by: str, *, most: int) -> list[Ranked]:
         )
         named = Organization.objects.in_bulk([row[0] for row in first])
     found = [Ranked(id, named[id].name, named[id].slug, *used) for id, *used in first]
-    whole = float(every[RANKS[by]] or 0)
     return [
         replace(row, share=float(getattr(row, RANKS[by])) / whole if whole else 0.0)
         for row in found

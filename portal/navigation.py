@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 from django.urls import reverse
 
@@ -27,6 +28,10 @@ class Link:
     def key(self) -> str:
         """Pressed after `g` it goes there; '' for most."""
         return KEYS.get(self.url_name, "")
+
+    @cached_property
+    def path(self) -> str:
+        return reverse(self.url_name)
 
 
 SECTIONS: Sequence[tuple[str, Sequence[Link]]] = (
@@ -77,11 +82,15 @@ SECTIONS: Sequence[tuple[str, Sequence[Link]]] = (
 
 def place_of(path: str) -> str:
     """The link, by its `url_name`, that leads to this page or to the nearest one above it; or ''."""
-    names = [link.url_name for _, links in SECTIONS for link in links]
-    above = {reverse(name): name for name in names}
+    above = _names_by_path()
     while path not in above and "/" in path:
         path = path.rpartition("/")[0]
     return above.get(path, "")
+
+
+@cache
+def _names_by_path() -> Mapping[str, str]:
+    return {link.path: link.url_name for _, links in SECTIONS for link in links}
 
 
 def sections_for(caller: Caller | None, *, is_staff: bool) -> list[tuple[str, list[Link]]]:

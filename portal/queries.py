@@ -14,8 +14,8 @@ from django.utils import timezone
 
 from accounts.access import Caller
 from accounts.allowances import Allowance, allowances_of
-from accounts.models import HourlyUse, Organization
-from accounts.queries import hourly_use
+from accounts.models import Organization
+from accounts.queries import Hour, hourly_use
 from batches import standings
 from batches.models import Batch, Chunk
 from batches.models.batches import UNFINISHED, ChunkState, Status
@@ -29,12 +29,11 @@ NEWEST = 500
 RECENT = timedelta(days=7)
 MOST_FAILURES = 5
 _BAD = (Status.FAILED, Status.EXPIRED)
-RELATED = ("model", "input_file")
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What an organization has under way, oldest first."""
+    """What an organization has under way, oldest first; without what is related to it."""
 
     running: Sequence[Batch]
     waiting: Sequence[Batch]
@@ -47,13 +46,13 @@ class Unfinished:
 def unfinished() -> Unfinished:
     """In three queries at most. A batch runs once it has answers, or a worker is at it."""
     mine = Batch.objects.filter(status__in=UNFINISHED)
-    full = mine.select_related(*RELATED).order_by("pk")
-    found = list(full[:LOOKED_AT])
+    oldest = mine.order_by("pk")
+    found = list(oldest[:LOOKED_AT])
     total = len(found)
     if total == LOOKED_AT:
         leased = Chunk.objects.filter(state=ChunkState.LEASED).values("batch")
         under_way = Q(pk__in=leased) | Q(status__in=(Status.FINALIZING, Status.CANCELLING))
-        found += full.filter(under_way, pk__gt=found[-1].pk)[:LOOKED_AT]
+        found += oldest.filter(under_way, pk__gt=found[-1].pk)[:LOOKED_AT]
         total = mine.count()
     running = [batch for batch in found if _runs(batch)]
     waiting = [batch for batch in found if not _runs(batch)]
@@ -68,19 +67,20 @@ def _runs(batch: Batch) -> bool:
 
 
 def failures() -> list[Batch]:
-    """The newest that failed, expired, or ended with failed requests, of the last days.
+    """The newest that failed, expired, or ended with failed requests, of the last days; without what
+    is related to them.
 
     Of the last kind, which no index knows, only those among the newest batches.
     """
-    # One by one: in one query, PostgreSQL would rather look at all that there ever were.
     newest = Batch.objects.order_by("-pk")
     recent = newest.filter(created_at__gte=timezone.now() - RECENT)
-    some = newest.values_list("pk", "status", "failed")[:NEWEST]
-    bad = [pk for pk, status, failed in some if failed and status == Status.COMPLETED]
-    bad = bad[:MOST_FAILURES]
-    for status in _BAD:
-        bad += recent.filter(status=status).values_list("pk", flat=True)[:MOST_FAILURES]
-    return list(recent.filter(pk__in=bad).select_related(*RELATED)[:MOST_FAILURES])
+    some = recent.filter(pk__in=newest.values("pk")[:NEWEST])
+    partly = some.filter(status=Status.COMPLETED, failed__gt=0)
+    # Each by itself: of an OR, PostgreSQL would rather look at all that there ever were.
+    kinds = [partly, *(recent.filter(status=status) for status in _BAD)]
+    first, *others = (kind.values_list("pk", flat=True)[:MOST_FAILURES] for kind in kinds)
+    bad = first.union(*others, all=True)
+    return list(newest.filter(pk__in=list(bad))[:MOST_FAILURES])
 
 
 def has_run() -> bool:
@@ -109,12 +109,12 @@ class Span:
     output_tokens: int
 
 
-def hourly(organization: Organization) -> list[HourlyUse]:
+def hourly(organization: Organization) -> list[Hour]:
     """The last eight days, from which every zone can take seven days of its own."""
     return hourly_use(organization, this_hour() - timedelta(hours=8 * 24 - 1))
 
 
-def span(title: str, hours: Sequence[HourlyUse], many: int) -> Span:
+def span(title: str, hours: Sequence[Hour], many: int) -> Span:
     """The last so many hours, the running one included."""
     since = this_hour() - timedelta(hours=many - 1)
     inside = [each for each in hours if each.hour >= since]

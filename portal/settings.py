@@ -251,6 +251,7 @@ WHITENOISE_AUTOREFRESH = not PRODUCTION
 DJANGO_REDIS_LOG_IGNORED_EXCEPTIONS = True
 
 LANGUAGE_CODE = "en"
+USE_I18N = False  # pages are English; looking for translations takes a tenth of a page's time
 TIME_ZONE = "UTC"
 USE_TZ = True
 

@@ -7,14 +7,16 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import django
 from django.conf import settings
-from django.core.cache import cache
+from django.core.cache import cache as shared_cache
 from django.db import connection
-from django.db.migrations.executor import MigrationExecutor
+from django.db.migrations.loader import MigrationLoader
+from django.db.migrations.recorder import MigrationRecorder
 from django.db.models import Count, Sum
 from django_scopes import scopes_disabled
 from redis import Redis, RedisError
@@ -78,6 +80,7 @@ def _redis() -> Redis:
     return Redis.from_url(settings.CELERY_BROKER_URL, socket_connect_timeout=1, socket_timeout=1)
 
 
+@cache
 def _installed(package: str) -> str:
     try:
         return version(package)
@@ -92,7 +95,7 @@ def services() -> dict[str, bool]:
         "Database": checks["database"],
         "Storage": checks["storage"],
         "Valkey": checks["redis"],
-        "Sweeps": checks["redis"] and cache.get(standings.KEY) is not None,
+        "Sweeps": checks["redis"] and shared_cache.get(standings.KEY) is not None,
     }
 
 
@@ -101,27 +104,33 @@ def services() -> dict[str, bool]:
 
 def depths() -> dict[str, int | None]:
     """How much waits where; None where that cannot be said."""
-    found: dict[str, int | None] = {
-        "Celery tasks for the CPU": _waiting("cpu"),
-        "Celery tasks for webhooks": _waiting("webhooks"),
-        "Celery tasks for result handlers": _waiting("handlers"),
-    }
+    found: dict[str, int | None] = dict(zip(_QUEUES, _waiting(*_QUEUES.values()), strict=True))
     with scopes_disabled():
         open_chunks = Chunk.objects.exclude(state=ChunkState.DONE).order_by().values("state")
         chunks = dict(open_chunks.annotate(n=Count("pk")).values_list("state", "n"))
         rows = Batch.objects.filter(status__in=UNFINISHED).order_by().values("status")
-        batches = dict(rows.annotate(n=Count("pk")).values_list("status", "n"))
+        # Of rows, not of keys: the index of what is unfinished alone can tell.
+        batches = dict(rows.annotate(n=Count("*")).values_list("status", "n"))
     found |= {f"Chunks {state}": chunks.get(state, 0) for state in ("ready", "leased")}
     found |= {f"Batches {status.replace('_', ' ')}": n for status, n in sorted(batches.items())}
     return found
 
 
-def _waiting(name: str) -> int | None:
+_QUEUES = {
+    "Celery tasks for the CPU": "cpu",
+    "Celery tasks for webhooks": "webhooks",
+    "Celery tasks for result handlers": "handlers",
+}
+
+
+def _waiting(*names: str) -> list[int | None]:
     try:
-        with _redis() as redis:
-            return int(redis.llen(name))
+        with _redis() as redis, redis.pipeline(transaction=False) as asked:
+            for name in names:
+                asked.llen(name)
+            return list(asked.execute())
     except (RedisError, ValueError):
-        return None
+        return [None] * len(names)
 
 
 # --- Storage ------------------------------------------------------------------------------------
@@ -143,22 +152,19 @@ class Kept:
 def kept() -> Kept:
     """Files that are not purged yet, by organization; and the disk of DATA_DIR."""
     with scopes_disabled():
-        files = File.objects.filter(purged_at=None).order_by()
-        whole = files.aggregate(n=Count("pk"), size=Sum("bytes"))
-        largest = files.values("organization").annotate(n=Count("pk"), size=Sum("bytes"))
-        rows = list(largest.order_by("-size", "organization")[:LARGEST])
-    names = Organization.objects.in_bulk([row["organization"] for row in rows])
+        files = File.objects.filter(purged_at=None).order_by().values("organization")
+        sums = files.annotate(n=Count("*"), size=Sum("bytes"))
+        every = list(sums.values_list("organization", "n", "size"))
+    rows = sorted(every, key=lambda row: (-row[2], row[0]))[:LARGEST]
+    names = Organization.objects.in_bulk([id for id, _, _ in rows])
     disk = shutil.disk_usage(settings.DATA_DIR)
     return Kept(
-        files=whole["n"],
-        bytes=whole["size"] or 0,
+        files=sum(n for _, n, _ in every),
+        bytes=sum(size for _, _, size in every),
         database=_database_bytes(),
         free=disk.free,
         disk=disk.total,
-        by_organization=[
-            (row["organization"], str(names.get(row["organization"])), row["n"], row["size"])
-            for row in rows
-        ],
+        by_organization=[(id, str(names.get(id)), n, size) for id, n, size in rows],
     )
 
 
@@ -170,9 +176,16 @@ def _database_bytes() -> int:
 
 def migrations() -> tuple[int, list[str]]:
     """How many are applied, and which are not yet."""
-    executor = MigrationExecutor(connection)
-    plan = executor.migration_plan(executor.loader.graph.leaf_nodes())
-    return len(executor.loader.applied_migrations), [f"{m.app_label} {m.name}" for m, _ in plan]
+    applied = MigrationRecorder(connection).applied_migrations()
+    return len(applied), [
+        f"{app} {name}" for app, name in _migrations() if (app, name) not in applied
+    ]
+
+
+@cache
+def _migrations() -> list[tuple[str, str]]:
+    """The app and the name of each that this code has; they change with a restart only."""
+    return sorted(MigrationLoader(None).graph.nodes)
 
 
 # --- Settings -----------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from django.conf import settings
+from django.db.models import prefetch_related_objects
 from django.http.response import HttpResponseBase
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_safe
 
 from accounts.access import Caller
-from accounts.models import HourlyUse
 from accounts.pages import STOP_POLLING, PageRequest, page
+from accounts.queries import Hour
 from batches.models import Batch
 from batches.queries.webhooks import dead_letters
 from batches.views.batches import Row
@@ -37,13 +38,15 @@ def home(request: PageRequest, caller: Caller) -> HttpResponseBase:
 
 def _now(request: PageRequest, caller: Caller) -> dict[str, Any]:
     """What changes while one looks, and the first steps of who has not run a batch yet."""
-    unfinished = queries.unfinished()
+    unfinished, failures = queries.unfinished(), queries.failures()
+    running, waiting = unfinished.running[:SHOWN], unfinished.waiting[:SHOWN]
+    prefetch_related_objects([*running, *waiting, *failures], "model", "input_file")
     ctx: dict[str, Any] = {
-        "running": _rows(unfinished.running),
-        "waiting": _rows(unfinished.waiting),
-        "more": unfinished.total - sum(len(some[:SHOWN]) for some in _kinds(unfinished)),
+        "running": _rows(running),
+        "waiting": _rows(waiting),
+        "more": unfinished.total - len(running) - len(waiting),
         "live": unfinished.total,
-        "failures": _rows(queries.failures()),
+        "failures": _rows(failures),
         "failing_models": queries.failing_models(caller.organization),
         "dead_letters": dead_letters(caller) if caller.may("webhooks.read") else 0,
     }
@@ -56,12 +59,8 @@ def _now(request: PageRequest, caller: Caller) -> dict[str, Any]:
     return ctx
 
 
-def _kinds(unfinished: queries.Unfinished) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    return unfinished.running, unfinished.waiting
-
-
 def _rows(found: Sequence[Batch]) -> list[Row]:
-    return [Row(batch, may_write=False) for batch in found[:SHOWN]]
+    return [Row(batch, may_write=False) for batch in found]
 
 
 def _used(caller: Caller) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def _used(caller: Caller) -> dict[str, Any]:
     return {"spans": [day, week], "hours": _points(hours)}
 
 
-def _points(hours: Sequence[HourlyUse]) -> dict[str, Any]:
+def _points(hours: Sequence[Hour]) -> dict[str, Any]:
     """For the charts: moments in seconds since 1970, hours without use left out."""
     return {
         "now": int(queries.this_hour().timestamp()),

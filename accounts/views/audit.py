@@ -28,7 +28,7 @@ from accounts.pages import PageRequest, operator_page, page, require_valid
 from accounts.paging import page_of
 from accounts.services import audit as service
 
-PAGE_SIZE = 50
+PAGE_SIZE = 25
 PLATFORM = "platform"
 """In the operators' filter: the chain of no organization; one of that slug is found by its id."""
 HOW = {

@@ -24,7 +24,7 @@ from accounts.paging import page_of, searched
 from accounts.queries import with_keys
 from accounts.services import invitations, members
 
-PAGE_SIZE = 50
+PAGE_SIZE = 25
 INVITATIONS_SHOWN = 200
 
 

@@ -27,8 +27,8 @@ from accounts.queries import RANKS, organizations_found, own_limits, people_foun
 from accounts.services import audit, organizations, people
 from accounts.views.usage import PRESETS, days_of
 
-PAGE_SIZE = 50
-RANKED = 100
+PAGE_SIZE = 25
+RANKED = 50
 SAID = {
     "shut_out": "{} is shut out: signed out everywhere, and keys of theirs do not work.",
     "let_in": "{} may sign in again, and their keys work.",

@@ -19,7 +19,7 @@ from accounts.pages import PageRequest, is_typed, page, sent
 from accounts.paging import page_of, searched
 from accounts.services import projects
 
-PAGE_SIZE = 50
+PAGE_SIZE = 25
 
 
 @require_http_methods(["GET", "HEAD", "POST"])

@@ -158,11 +158,13 @@ def _chart(days: Days, daily: Sequence[Used]) -> dict[str, Any]:
     by_day = {line.used.day: line.used for line in _by_day(daily)}
     priced = any(row.cost for row in daily)
     name = f"Cost ({settings.CURRENCY.upper()})" if priced else "Requests"
-    second = [by_day.get(day, Used()) for day in days]
+    every_day, none = list(days), Used()
+    second = [by_day.get(day, none) for day in every_day]
     return {
-        "days": [f"{day:%-d %b}" for day in days],
+        "days": [f"{day:%-d %b}" for day in every_day],
         "tokens": [
-            {"label": label, "data": [tokens[label, day] for day in days]} for label in labels
+            {"label": label, "data": [tokens.get((label, day), 0) for day in every_day]}
+            for label in labels
         ],
         "second": {
             "label": name,

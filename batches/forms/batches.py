@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, time, timedelta
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import orjson
 from django import forms
 from django.db.models import Q
+from django.utils.choices import BaseChoiceIterator
 
 from accounts.errors import BadRequest
-from accounts.forms.long_select import LongSelect
+from accounts.forms.plain_select import PlainSelect
 from accounts.ids import first_id
 from batches import windows
 from batches.models.batches import UNFINISHED, Priority, Status
@@ -32,11 +33,12 @@ class BatchFilterForm(forms.Form):
     status = forms.ChoiceField(
         required=False,
         choices=[("", "Any"), ("unfinished", "Unfinished"), *Status.choices],
+        widget=PlainSelect,
     )
-    model = forms.ChoiceField(required=False)
-    project = forms.ChoiceField(required=False)
-    user = forms.ChoiceField(required=False, label="Person", widget=LongSelect)
-    key = forms.ChoiceField(required=False, label="API key", widget=LongSelect)
+    model = forms.ChoiceField(required=False, widget=PlainSelect)
+    project = forms.ChoiceField(required=False, widget=PlainSelect)
+    user = forms.ChoiceField(required=False, label="Person", widget=PlainSelect)
+    key = forms.ChoiceField(required=False, label="API key", widget=PlainSelect)
     since = forms.DateField(
         label="From (UTC)", required=False, widget=forms.DateInput({"type": "date"})
     )
@@ -58,7 +60,7 @@ class BatchFilterForm(forms.Form):
         offered = {"model": models, "project": projects, "user": users, "key": keys}
         for name, choices in offered.items():
             field: Any = self.fields[name]
-            field.choices = _with_any(choices)
+            field.choices = AnyOr(choices)
 
     def clean_metadata(self) -> dict[str, str]:
         key, equals, value = self.cleaned_data["metadata"].partition("=")
@@ -88,12 +90,21 @@ class BatchFilterForm(forms.Form):
         return str(getattr(self, "cleaned_data", {}).get("q") or "")
 
 
-def _with_any(choices: Choices) -> Choices:
-    @cache
-    def all_choices() -> list[tuple[str, str]]:
-        return [("", "Any"), *choices()]
+class AnyOr(BaseChoiceIterator):
+    """ "Any", then the choices, which are asked for once and at the first look.
 
-    return all_choices
+    Of a plain callable Django asks, and rebuilds all pairs, whenever it looks.
+    """
+
+    def __init__(self, choices: Choices) -> None:
+        self._choices = choices
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._all)
+
+    @cached_property
+    def _all(self) -> list[tuple[str, str]]:
+        return [("", "Any"), *self._choices()]
 
 
 def _made(since: Any, until: Any) -> Q:

@@ -23,7 +23,7 @@ def batches_to_finalize() -> QuerySet[Batch]:
     return ending.filter(~Q(index_name="") | Q(errors__isnull=False))
 
 
-SEARCHED = 10_000
+SEARCHED = 5_000
 """Among so many batches at a time a text is looked for: there is no index for parts of names."""
 
 
@@ -38,7 +38,7 @@ def find_batches(wanted: Q, text: str, after: str, count: int) -> tuple[list[Bat
     mine = Batch.objects.filter(wanted).order_by("-pk")
     if after:
         mine = mine.filter(pk__lt=after)
-    mine = mine.select_related("model", "input_file", "output_file", "error_file")
+    mine = mine.prefetch_related("model", "input_file", "output_file", "error_file")
     older = None
     if text:
         if named := mine.filter(pk=text).first():

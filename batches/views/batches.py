@@ -32,7 +32,7 @@ from batches.services import batches
 from batches.standings import Standing
 from models_registry.queries import example_for, offered_to
 
-PAGE_SIZE = 25
+PAGE_SIZE = 20
 MOST_KEYS = 200
 """The newest keys can be chosen in the filter; an older one's batches by its project."""
 

@@ -41,7 +41,7 @@ from batches.services import queue
 from batches.standings import Standing
 from models_registry.models import Model
 
-PAGE_SIZE = 50
+PAGE_SIZE = 20
 UNDO_SECONDS = 600
 
 

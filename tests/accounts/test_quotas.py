@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.django import TestCase as HypothesisTestCase
 
 from accounts.access import Caller
-from accounts.consumption import quota_status
+from accounts.consumption import used_of
 from accounts.errors import QuotaExceeded
+from accounts.limits import quota_of
 from accounts.models import Quota, Reservation, UsageRecord
 from accounts.queries import caller_of_key, caller_of_user
 from accounts.services import organizations, quotas
@@ -60,8 +61,9 @@ def reserved(batch_id: str, of: Estimate) -> list[str]:
 
 
 def status(quota: Quota) -> dict[str, Any]:
-    found = quota_status(quota.organization, quota.user, quota.api_key)
-    return {field: used for field, _, used in found}
+    with scopes_disabled():
+        own = quota_of(quota.organization, quota.user, quota.api_key)
+    return dict(used_of(own))
 
 
 # --- Opening --------------------------------------------------------------------------------

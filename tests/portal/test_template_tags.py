@@ -1,4 +1,4 @@
-"""What templates have without a `load`, and the select box of very many options."""
+"""What templates have without a `load`, and the select box that renders itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from django import forms
 from django.template import Context, Template
 from django.test.html import parse_html
 
-from accounts.forms.long_select import LongSelect
+from accounts.forms.plain_select import PlainSelect
 
 
 def rendered(text: str, **values: object) -> str:
@@ -32,18 +32,18 @@ def test_an_icon_is_hidden_from_those_who_hear_the_page() -> None:
     assert "&quot;&gt;" in rendered("{% icon name %}", name='">')
 
 
-def test_a_long_select_is_what_djangos_would_be() -> None:
+def test_a_plain_select_is_what_djangos_would_be() -> None:
     class Form(forms.Form):
-        long = forms.ChoiceField(widget=LongSelect)
+        plain = forms.ChoiceField(widget=PlainSelect)
         usual = forms.ChoiceField()
 
-    form = Form({"long": "b<", "usual": "b<"})
+    form = Form({"plain": "b<", "usual": "b<"})
     for name in form.fields:
         field: forms.ChoiceField = form.fields[name]  # type: ignore[assignment]
         field.choices = [("", "Any"), (1, "a & b"), ("b<", "<b>")]
-    long, usual = (str(form[name]).replace(name, "") for name in ("long", "usual"))
-    assert parse_html(long) == parse_html(usual)
-    assert " selected" in long
+    plain, usual = (str(form[name]).replace(name, "") for name in ("plain", "usual"))
+    assert parse_html(plain) == parse_html(usual)
+    assert " selected" in plain
 
 
 def test_moments_of_other_zones_are_the_same_moment() -> None:
