@@ -10,7 +10,7 @@ from hmac import compare_digest
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from django.db.models import Count, F, OuterRef, Prefetch, Q, QuerySet, Subquery, Sum
+from django.db.models import Count, F, Model, OuterRef, Prefetch, Q, QuerySet, Subquery, Sum
 from django.db.models.functions import Coalesce, Now
 from django_scopes import scopes_disabled
 
@@ -322,20 +322,26 @@ def usage_by_whom(organization: Organization, since: date, until: date) -> list[
     with scopes_disabled():
         mine = UsageRecord.objects.filter(organization=organization, day__range=(since, until))
         rows = list(mine.values(*ids).annotate(**sums).order_by(*ids))
-        projects = Project.objects.in_bulk({row["project_id"] for row in rows})
-        people = User.objects.in_bulk({row["user_id"] for row in rows} - {None})
-        keys_used = ApiKey.objects.in_bulk({row["api_key_id"] for row in rows} - {None})
+        projects = _names(Project, {row["project_id"] for row in rows}, "name")
+        people = _names(User, {row["user_id"] for row in rows}, "email")
+        keys_used = _names(ApiKey, {row["api_key_id"] for row in rows}, "name", "prefix")
+    none = (None, None)
     return [
         Used(
             **{name: row[name] for name in ids},
-            project_name=projects[row["project_id"]].name,
-            email=people[row["user_id"]].email if row["user_id"] else None,
-            key_name=keys_used[row["api_key_id"]].name if row["api_key_id"] else None,
-            key_prefix=keys_used[row["api_key_id"]].prefix if row["api_key_id"] else None,
+            project_name=projects[row["project_id"]][0],
+            email=people.get(row["user_id"], none)[0],
+            key_name=keys_used.get(row["api_key_id"], none)[0],
+            key_prefix=keys_used.get(row["api_key_id"], none)[1],
             **{name: row[f"sum_{name}"] for name in SUMS},
         )
         for row in rows
     ]
+
+
+def _names(model: type[Model], ids: set[Any], *fields: str) -> dict[Any, tuple[str, ...]]:
+    rows: Any = model._default_manager.filter(pk__in=ids)
+    return {id: tuple(names) for id, *names in rows.values_list("pk", *fields)}
 
 
 class Hour(NamedTuple):

@@ -22,7 +22,7 @@ from batches.models.batches import UNFINISHED, ChunkState, Status
 from models_registry.models import Model
 from models_registry.queries import offered_to
 
-LOOKED_AT = 20
+LOOKED_AT = 10
 """Unfinished batches of each kind that are looked at: those that are under way, and the oldest."""
 NEWEST = 500
 """Batches among which those are looked for that ended well but for some requests."""

@@ -17,14 +17,14 @@ from django.core.cache import cache as shared_cache
 from django.db import connection
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
-from django.db.models import Count, Sum
+from django.db.models import Count
 from django_scopes import scopes_disabled
 from redis import Redis, RedisError
 
 from accounts.models import Organization
 from accounts.services.audit import MASK
 from batches import standings
-from batches.models import Batch, Chunk, File
+from batches.models import Batch, Chunk
 from batches.models.batches import UNFINISHED, ChunkState
 from portal import health
 from portal import settings as own_settings
@@ -69,15 +69,16 @@ def _postgresql() -> str:
 
 def _valkey() -> str:
     try:
-        with _redis() as redis:
-            info: Any = redis.info("server")
+        info: Any = _redis(settings.CELERY_BROKER_URL).info("server")
     except (RedisError, ValueError):
         return "not reached"
     return str(info.get("valkey_version") or info.get("redis_version"))
 
 
-def _redis() -> Redis:
-    return Redis.from_url(settings.CELERY_BROKER_URL, socket_connect_timeout=1, socket_timeout=1)
+@cache
+def _redis(url: str) -> Redis:
+    """One for the process, which keeps its connections."""
+    return Redis.from_url(url, socket_connect_timeout=1, socket_timeout=1)
 
 
 @cache
@@ -125,7 +126,7 @@ _QUEUES = {
 
 def _waiting(*names: str) -> list[int | None]:
     try:
-        with _redis() as redis, redis.pipeline(transaction=False) as asked:
+        with _redis(settings.CELERY_BROKER_URL).pipeline(transaction=False) as asked:
             for name in names:
                 asked.llen(name)
             return list(asked.execute())
@@ -149,22 +150,28 @@ class Kept:
     """Id, name, files and bytes of those with the most."""
 
 
+# The sums of all come along, so that the files are looked at once; Django cannot say it.
+_LARGEST = """
+SELECT organization_id, count(*), sum(bytes), sum(count(*)) OVER (), sum(sum(bytes)) OVER ()
+FROM batches_file WHERE purged_at IS NULL
+GROUP BY organization_id ORDER BY sum(bytes) DESC, organization_id LIMIT %s
+"""
+
+
 def kept() -> Kept:
     """Files that are not purged yet, by organization; and the disk of DATA_DIR."""
-    with scopes_disabled():
-        files = File.objects.filter(purged_at=None).order_by().values("organization")
-        sums = files.annotate(n=Count("*"), size=Sum("bytes"))
-        every = list(sums.values_list("organization", "n", "size"))
-    rows = sorted(every, key=lambda row: (-row[2], row[0]))[:LARGEST]
-    names = Organization.objects.in_bulk([id for id, _, _ in rows])
+    with connection.cursor() as cursor:
+        cursor.execute(_LARGEST, [LARGEST])
+        rows = cursor.fetchall()
+    names = Organization.objects.in_bulk([row[0] for row in rows])
     disk = shutil.disk_usage(settings.DATA_DIR)
     return Kept(
-        files=sum(n for _, n, _ in every),
-        bytes=sum(size for _, _, size in every),
+        files=int(rows[0][3]) if rows else 0,
+        bytes=int(rows[0][4]) if rows else 0,
         database=_database_bytes(),
         free=disk.free,
         disk=disk.total,
-        by_organization=[(id, str(names.get(id)), n, size) for id, n, size in rows],
+        by_organization=[(id, str(names.get(id)), n, int(size)) for id, n, size, *_ in rows],
     )
 
 

@@ -189,7 +189,10 @@ def _form(request: PageRequest, caller: Caller) -> BatchFilterForm:
     projects = Project.objects.order_by("name")
     form = BatchFilterForm(
         {name: _clean(str(value)) for name, value in request.GET.items()},
-        models=lambda: [(str(each.pk), each.name) for each in offered_to(caller.organization)],
+        models=lambda: [
+            (str(id), name)
+            for id, name in offered_to(caller.organization).values_list("pk", "name")
+        ],
         projects=lambda: [(each.pk, each.name) for each in projects],
         users=lambda: [(str(id), name or email) for id, name, email in people],
         keys=lambda: [(id, f"{name} ({prefix})") for id, name, prefix in keys],
