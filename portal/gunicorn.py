@@ -5,7 +5,6 @@ It reads these in its main process, where there is no Django.
 
 from __future__ import annotations
 
-import gc
 import os
 import secrets
 from typing import Any
@@ -19,12 +18,6 @@ limit_request_line = 8190
 # No header says where the application is mounted: a client could hide a path's own limits behind
 # one, where a proxy on this host passes it on.
 forwarder_headers = ""
-
-
-def post_worker_init(worker: Any) -> None:
-    """Spare the garbage collector what stays as long as the process: the code and its tables."""
-    gc.collect()
-    gc.freeze()
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -91,9 +91,9 @@ class BatchFilterForm(forms.Form):
 
 
 class AnyOr(BaseChoiceIterator):
-    """ "Any", then the choices, which are asked for once and at the first look.
+    """The choices, asked for once and at the first look, behind "Any".
 
-    Of a plain callable Django asks, and rebuilds all pairs, whenever it looks.
+    A plain callable Django would ask, and build all pairs anew, whenever it looks.
     """
 
     def __init__(self, choices: Choices) -> None:

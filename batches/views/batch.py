@@ -39,9 +39,9 @@ from batches.services import reruns
 from batches.views.batches import LOOKS, Row
 from batches.views.handlers import runs_of
 
-RELATED = ("model", "input_file")
-"""Fetched along with a batch. What else is shown of it is fetched when it is: to plan a join of nine
-tables takes PostgreSQL many times as long as to look each row up."""
+RELATED = ("model", "input_file", "output_file", "error_file")
+"""Fetched along with a batch. Whose it is is fetched when it is shown: to plan a join of nine tables
+takes PostgreSQL many times as long as to look each row up."""
 RERUN = ("input_file", "project")
 BAD_LINES = 100
 """Errors of the validation that are listed; the API has the others."""

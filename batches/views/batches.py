@@ -120,6 +120,7 @@ def batch_list(request: PageRequest, caller: Caller) -> HttpResponseBase:
         "query": urlencode(given),
         "address": urlencode(given | ({"after": after} if after else {})),
         "filtered": bool(given),
+        "searched": queries.SEARCHED,
     }
     if not rows and not given:
         ctx |= {"api_url": _api_url(request), "model": example_for(caller.organization)}

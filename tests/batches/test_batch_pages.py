@@ -23,6 +23,7 @@ from django_scopes import scopes_disabled
 
 from accounts.models import ApiKey, AuditEvent, User
 from accounts.services import projects
+from batches.forms.batches import BatchFilterForm
 from batches.models import Batch, File
 from batches.models.batches import NEXT, Status
 from batches.queries import batches as queries
@@ -387,6 +388,21 @@ def test_where_nothing_matches_the_page_leads_back_to_all(owner: Person) -> None
     said = owner.browser.get("/batches?status=failed").content.decode()
     assert "No batch is like that" in said
     assert 'value="failed" selected' in said
+
+
+def test_the_choices_of_a_filter_are_asked_for_once_and_only_where_they_are_shown() -> None:
+    asked = []
+
+    def choices() -> list[tuple[str, str]]:
+        asked.append(1)
+        return [("a", "A")]
+
+    every = {"models": choices, "projects": list, "users": list, "keys": list}
+    form = BatchFilterForm({"model": "a"}, **every)
+    assert asked == []
+    assert form.is_valid()
+    assert '<option value="a" selected>A</option>' in str(form["model"])
+    assert asked == [1]
 
 
 def test_filtered_lists_have_constant_queries(owner: Person, echo: Model) -> None:

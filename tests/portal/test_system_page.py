@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from celery.signals import task_failure
 from django.core.cache import cache
-from django.db import DatabaseError
+from django.db import DatabaseError, connection
+from django.db.migrations.recorder import MigrationRecorder
 from django.test import Client
 
 from accounts.models import User
@@ -82,6 +83,29 @@ def test_it_tells_of_services_versions_queues_migrations_and_storage(
     assert "Chunks ready 1 Chunks leased 0 Batches in progress 1" in said
     assert re.search(r"\d+ applied, none pending", said)
     assert f"Acme 1 {batch.input_file.bytes} bytes" in said.replace("\xa0", " ")
+
+
+def test_storage_is_that_of_all_also_of_those_that_are_not_listed(
+    owner: Person, stranger: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small = (jobs.running(owner.caller, 9), jobs.running(stranger.caller, 2))
+    monkeypatch.setattr(system, "LARGEST", 1)
+    kept = system.kept()
+    hers, theirs = large.input_file.bytes, small.input_file.bytes
+    assert (kept.files, kept.bytes) == (2, hers + theirs)
+    assert kept.by_organization == [(owner.caller.organization.pk, "Acme", 1, hers)]
+
+
+def test_storage_without_files_is_nothing() -> None:
+    kept = system.kept()
+    assert (kept.files, kept.bytes, kept.by_organization) == (0, 0, [])
+
+
+def test_a_migration_that_is_not_applied_is_named() -> None:
+    applied, pending = system.migrations()
+    assert pending == []
+    MigrationRecorder(connection).record_unapplied("batches", "0010_holds")
+    assert system.migrations() == (applied - 1, ["batches 0010_holds"])
 
 
 def test_without_sweeps_and_valkey_it_says_so(desk: Client, settings: Any) -> None:
